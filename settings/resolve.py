@@ -1,0 +1,160 @@
+"""The settings of one run, and who has the last word: flag, then shell, then .env, then the model's profile."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+from invoke import Exit
+
+from command.template import printable
+from settings import envfile, forward, models
+from settings.forms import ANY, Form, HoldsSecret
+from settings.models import Model
+from settings.names import CORE, FLAGS, SECRETS, form, nearest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it came from: `flag --max-len`, `shell`, `.env`, a profile's path or `default`."""
+
+    value: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that settings come from; `own` tells the operator's from the project's."""
+
+    origin: str
+    values: Mapping[str, str]
+    own: bool = True
+
+
+class Settings(Mapping[str, str]):
+    """The settings of one run, frozen: name to value. What is unset and has no default is absent.
+
+    `forward` are the variables that both containers start with, `notes` what the operator should read first.
+    """
+
+    def __init__(self, found: dict[str, Setting], model: Model | None, forward: list[str], notes: list[str]) -> None:
+        self._found = found
+        self.model = model
+        self.forward = tuple(forward)
+        self.notes = tuple(notes)
+
+    def __getitem__(self, name: str) -> str:
+        return self._found[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def origin(self, name: str) -> str:
+        """Where the value of name came from."""
+        return self._found[name].origin
+
+    def overridden(self) -> list[str]:
+        """A line for each setting that came from neither profile nor default, with its origin; no secret's value."""
+        lines = []
+        for name, setting in sorted(self._found.items()):
+            if setting.origin.startswith(("flag", "shell", ".env")):
+                lines.append(
+                    f"{name} {'set' if name in SECRETS else '= ' + (setting.value or '(empty)')} ({setting.origin})"
+                )
+        return lines
+
+    def public(self) -> dict[str, str]:
+        """What a template may see: everything but the secrets."""
+        return {name: value for name, value in self.items() if name not in SECRETS}
+
+    def secrets(self) -> dict[str, str]:
+        """The secrets that are set and not empty, to be handed on by name."""
+        return {name: self[name] for name in SECRETS if self.get(name)}
+
+    def world_size(self) -> int:
+        """How many GPUs, and so how many Sparks, the model needs: TP_SIZE times PP_SIZE."""
+        return int(self.get("TP_SIZE", "1")) * int(self.get("PP_SIZE", "1"))
+
+
+def load(
+    model: Model | None = None,
+    flags: Mapping[str, str | None] | None = None,
+    shell: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settle every setting for model (or for none); raises Exit with one sentence for anything that does not fit."""
+    site = envfile.site(shell.get("ENV_FILE"))
+    own = Source(".env", envfile.read(site) if site else {})
+    sources = [*_flags(flags or {}), Source("shell", shell), own, *_profiles(model), _DEFAULTS]
+    knobs = model.knobs if model else frozenset()
+    found = {name: setting for name in sorted(knobs | CORE.keys()) if (setting := _find(name, sources, form(name)))}
+    if lacking := sorted(knobs - found.keys() - CORE.keys()):
+        raise Exit(f"{model.folder}/{model.size}.env lacks {', '.join(lacking)}, which {model.serve} uses.")
+    _check_utilization(found)
+    forwarded, notes = forward.choose([(source.own, source.values) for source in sources])
+    found |= {name: _find(name, sources, ANY) for name in forwarded if name not in found}
+    notes += [*_unused(knobs, shell), *_unknown(own, sources)]
+    if site and any(own.values.get(name) for name in SECRETS):
+        notes += envfile.readable_by_others(site)
+    return Settings(found, model, forwarded, notes)
+
+
+_DEFAULTS = Source("default", {name: value for name, (value, _) in CORE.items() if value is not None}, own=False)
+
+
+def _flags(flags: Mapping[str, str | None]) -> list[Source]:
+    return [Source(f"flag {FLAGS[name]}", {name: text}) for name, text in flags.items() if text is not None]
+
+
+def _profiles(model: Model | None) -> list[Source]:
+    """The model's files, its knobs before what both containers start with; a key that nothing uses is an error."""
+    sources = []
+    for file in reversed(model.profiles if model else ()):
+        values = envfile.read(file)
+        known = CORE.keys() | model.knobs | set(values.get("VLLM_FORWARD_VARS", "").split())
+        for name in values.keys() - known:
+            raise Exit(f"{envfile.label(file)} sets {name}, which {model.serve} does not use{nearest(name, known)}.")
+        sources.append(Source(envfile.label(file), values, own=False))
+    return sources
+
+
+def _find(name: str, sources: list[Source], form: Form) -> Setting | None:
+    for source in sources:
+        if name in source.values:
+            return _read(name, source.values[name], source.origin, form)
+    return None
+
+
+def _read(name: str, text: str, origin: str, form: Form) -> Setting:
+    try:
+        return Setting(form.read(printable(text)), origin)
+    except ValueError as error:
+        got = "not that" if name in SECRETS or isinstance(error, HoldsSecret) else repr(text)
+        raise Exit(f"{name} ({origin}) is {got}; it takes {form.takes}.") from None
+
+
+def _check_utilization(found: dict[str, Setting]) -> None:
+    asked, most = found.get("GPU_MEM_UTIL"), found["GPU_MEM_UTIL_MAX"]
+    if asked and Decimal(asked.value) > Decimal(most.value):
+        raise Exit(
+            f"GPU_MEM_UTIL ({asked.origin}) is {asked.value}; it takes a plain decimal above 0 and at most "
+            f"GPU_MEM_UTIL_MAX, which is {most.value} ({most.origin}): the host lives in the same memory."
+        )
+
+
+def _unused(knobs: frozenset[str], shell: Mapping[str, str]) -> list[str]:
+    """A note for each knob of another model that the shell sets: this run does not look at it."""
+    others = set().union(*(model.knobs for model in models.known().values())) - knobs - CORE.keys()
+    return [f"{name} is set in the shell, but this run does not use it." for name in sorted(others & shell.keys())]
+
+
+def _unknown(own: Source, sources: list[Source]) -> list[str]:
+    """A note for each name in `.env` that no setting, no model and no forward list knows."""
+    if not own.values:
+        return []
+    listed = [source.values.get("VLLM_FORWARD_VARS", "").split() for source in sources]
+    known = set(CORE).union(*listed, *(model.names for model in models.known().values()))
+    strangers = sorted(own.values.keys() - known)
+    return [f".env sets {name}, which nothing knows{nearest(name, known)}." for name in strangers]
