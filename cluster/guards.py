@@ -1,0 +1,145 @@
+"""What must be true before head, worker and launch act; each guard raises Exit with the cause and what to type."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from invoke import Exit
+
+from cluster import nodes, server
+from cluster.node import CONTAINER, RAY_PORT, Network
+from command.run import say
+from host import engine, ports
+from settings.resolve import Settings
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+
+def before_head(settings: Settings, net: Network) -> None:
+    """Refuse a head that is not at HEAD_NODE_IP, or whose Docker, image, name or port is not ready."""
+    address = settings["HEAD_NODE_IP"]
+    if not ports.is_mine(address):
+        raise Exit(
+            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host. "
+            f"On the other node type: inv worker{_model(settings)}; or set HEAD_NODE_IP in .env on every node."
+        )
+    if net.address != address:
+        raise Exit(
+            f"HEAD_NODE_IP is {address}, but this node would call itself {net.address} "
+            f"({'VLLM_HOST_IP' if 'VLLM_HOST_IP' in settings else settings['PRIMARY_IF']}). Set one of them in .env."
+        )
+    _engine_is_ready(settings)
+    if not ports.is_free("0.0.0.0", RAY_PORT):
+        raise Exit(f"Ray's port {RAY_PORT} is held by {ports.holder(RAY_PORT)}. To see what is left: inv cleanup")
+
+
+def before_worker(settings: Settings, net: Network) -> None:
+    """Refuse a worker on the head's own host, or whose Docker, image or name is not ready; then wait for the head."""
+    address = settings["HEAD_NODE_IP"]
+    if ports.is_mine(address):
+        raise Exit(
+            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is this host: a worker here would "
+            f"put both ranks on one Spark. Type inv head{_model(settings)} here, and inv worker on the other node."
+        )
+    _engine_is_ready(settings)
+    _wait_for_head(address, int(settings["WAIT_HEAD_S"]))
+
+
+def before_launch(settings: Settings) -> None:
+    """Refuse to load a model where the head, its variables, its ports or its nodes are not what the model needs."""
+    head = _head(settings)
+    missing = [name for name in settings["REQUIRED_SECRETS"].split() if not settings.get(name)]
+    if missing:
+        raise Exit(f"{' and '.join(missing)} must be set for {settings.model.name}: in .env, or in the shell.")
+    _forwarded(settings, head)
+    if is_serving(head):
+        raise Exit("A server runs in this container already. Type: inv stop")
+    port = int(settings["PORT"])
+    if not ports.is_free(settings["HOST"], port):
+        raise Exit(f"PORT {port} is held by {ports.holder(port)}. Set another: PORT=8001 inv launch ...")
+    address = settings["HEAD_NODE_IP"]
+    if not ports.answers(address, RAY_PORT):
+        raise Exit(f"Ray does not answer at {address}:{RAY_PORT}. Look at the terminal of inv head; then: inv cleanup")
+    found = nodes.gpu_addresses(nodes.alive(head))
+    if len(found) < settings.world_size():
+        raise Exit(
+            f"{settings.model.name} needs {settings.world_size()} nodes with a GPU (TP_SIZE times PP_SIZE); "
+            f"Ray has {len(found)}: {', '.join(found) or 'none'}. On each that is missing: inv worker{_model(settings)}"
+        )
+
+
+def before_stop() -> None:
+    """Refuse to stop what does not run."""
+    if not is_serving(running_node("There is nothing to stop.")):
+        raise Exit("No server runs in this node's container.")
+
+
+def is_serving(head: Container) -> bool:
+    """Whether the server that `launch` recorded in this container still runs."""
+    return head.exec_run(["/bin/bash", "-c", server.ALIVE]).exit_code == 0
+
+
+def running_node(what_next: str) -> Container:
+    """The node's container, running; raises Exit with what to do if there is none."""
+    found = engine.node()
+    if found is None:
+        raise Exit(f"No {CONTAINER} runs on this node. {what_next}")
+    if found.status != "running":
+        raise Exit(f"{CONTAINER} is here but {found.status}. Type: inv cleanup; then {what_next}")
+    return found
+
+
+def _head(settings: Settings) -> Container:
+    found = running_node(f"Type: inv head{_model(settings)}")
+    env = engine.environment(found)
+    if env.get("VLLM_HOST_IP") != env.get("MASTER_ADDR"):
+        raise Exit(f"This node is a worker ({env.get('VLLM_HOST_IP')}). Launch on the head, {env.get('MASTER_ADDR')}.")
+    if engine.image(found) != settings["VLLM_IMAGE"]:
+        say(f"Warning: {CONTAINER} runs {engine.image(found)}, not {settings['VLLM_IMAGE']} as this model would.")
+    return found
+
+
+def _forwarded(settings: Settings, head: Container) -> None:
+    env = engine.environment(head)
+    wrong = [
+        f"  {name}: {f'has {env[name]!r}' if name in env else 'missing'}, needs {settings[name]!r}"
+        for name in settings.forward
+        if env.get(name) != settings[name]
+    ]
+    if wrong:
+        raise Exit(
+            f"The head's container did not start with what {settings.model.name} needs:\n"
+            + "\n".join(wrong)
+            + "\nThese must be there when the containers start, on every node: `docker exec` cannot give them to the "
+            "processes that Ray starts on a worker.\nEnd inv head and inv worker with Ctrl-C, then type:\n"
+            f"  inv head{_model(settings)}     # here\n  inv worker{_model(settings)}   # on every other node"
+        )
+
+
+def _engine_is_ready(settings: Settings) -> None:
+    left = engine.node()
+    if left is not None:
+        raise Exit(f"A {CONTAINER} is here already ({left.status}, {engine.age(left)} old). Type: inv cleanup")
+    if not engine.has_image(settings["VLLM_IMAGE"]):
+        raise Exit(
+            f"Docker has no image {settings['VLLM_IMAGE']} ({settings.origin('VLLM_IMAGE')}). Type: inv build-image"
+        )
+
+
+def _wait_for_head(address: str, seconds: int) -> None:
+    deadline = time.monotonic() + seconds
+    while not ports.answers(address, RAY_PORT):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Exit(
+                f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there; if it "
+                "runs, check the cable and HEAD_NODE_IP."
+            )
+        say(f"Waiting for the head at {address}:{RAY_PORT}, {left:.0f} s more.")
+        time.sleep(min(5, left))
+
+
+def _model(settings: Settings) -> str:
+    return f" --model {settings.model.name}" if settings.model else ""

@@ -1,0 +1,95 @@
+"""This node's Docker Engine, asked and never told to do anything: the command line does that."""
+
+from __future__ import annotations
+
+import grp
+import os
+import re
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING
+
+from invoke import Exit
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from docker.models.containers import Container
+
+NODE = "node-ray"
+# The article's containers were called node- and digits; node-exporter is somebody else's.
+_OURS = re.compile(r"node-(ray|[0-9]+)")
+
+
+@cache
+def client() -> DockerClient:
+    """The Engine that the docker command line would use; raises Exit with what to type if it cannot be reached."""
+    # Imported where it is used: it would take every start to 1.75 times what Invoke itself needs.
+    import docker
+    from docker.context import ContextAPI
+
+    host = os.environ.get("DOCKER_HOST") or ContextAPI.get_current_context().Host
+    try:
+        found = docker.DockerClient(base_url=host, timeout=30)
+        found.ping()
+    except docker.errors.DockerException as error:
+        raise Exit(f"Docker cannot be reached at {host}: {_cause(error)}. {_remedy(str(error))}") from None
+    return found
+
+
+def ours() -> list[Container]:
+    """Every container of this project or the article, running or not."""
+    found = client().containers.list(all=True, ignore_removed=True)
+    return [container for container in found if _OURS.fullmatch(container.name)]
+
+
+def node() -> Container | None:
+    """The container called node-ray, running or not, or None."""
+    return next((container for container in ours() if container.name == NODE), None)
+
+
+def has_image(name: str) -> bool:
+    """Whether this Engine has the image called name."""
+    from docker.errors import ImageNotFound
+
+    try:
+        client().images.get(name)
+    except ImageNotFound:
+        return False
+    return True
+
+
+def environment(container: Container) -> dict[str, str]:
+    """What the container started with, by name."""
+    return dict(item.partition("=")[::2] for item in container.attrs["Config"]["Env"] or ())
+
+
+def image(container: Container) -> str:
+    """The image that the container was started from, as it was called then."""
+    return container.attrs["Config"]["Image"]
+
+
+def age(container: Container) -> str:
+    """How long ago the container was made, for a person."""
+    made = datetime.fromisoformat(container.attrs["Created"][:19]).replace(tzinfo=UTC)
+    minutes = int((datetime.now(UTC) - made).total_seconds() // 60)
+    return f"{minutes // 1440} d" if minutes >= 2880 else f"{minutes // 60} h" if minutes >= 120 else f"{minutes} min"
+
+
+def ask(container: Container, *words: str) -> str:
+    """The standard output of a command in the container; raises Exit with its last lines if it fails."""
+    status, (out, err) = container.exec_run(list(words), demux=True)
+    if status != 0:
+        tail = ((err or b"") + (out or b"")).decode(errors="replace").strip().splitlines()[-3:]
+        raise Exit(f"{words[0]} in {container.name} failed ({status}): {' / '.join(tail) or 'it said nothing'}")
+    return (out or b"").decode(errors="replace")
+
+
+def _cause(error: Exception) -> str:
+    return str(error).rpartition("(")[2].rstrip(")") or str(error)
+
+
+def _remedy(message: str) -> str:
+    if "Permission" in message:
+        named = grp.getgrgid(os.getgid()).gr_name
+        return f"Type: sudo usermod -aG docker $USER (you are in {named}), then log in again."
+    return "Type: sudo systemctl start docker"

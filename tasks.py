@@ -1,0 +1,163 @@
+"""The table of contents: what `inv` can do on each node. What a task says goes to standard error; command lines
+alone go to standard output."""
+
+from functools import partial
+
+from invoke import Collection, Context, Exit, Task, task
+
+from cluster import guards, image, leftovers, node, server
+from cluster import health as looks
+from cluster import plan as planned
+from command import run
+from command.run import Command
+from host import links
+from settings import models, resolve
+from settings.resolve import Settings
+
+verb = partial(task, auto_shortflags=False)
+
+MODEL = "the model, by the name of its profile: " + ", ".join(models.known())
+START = "a model whose variables are forwarded and whose image is used"
+MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 256k (256000)"
+
+
+@verb(name="build-image", help={"base-image": "what Ray is put on (BASE_IMAGE)", "tag": "the new image's name (TAG)"})
+def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
+    """Build the image that both nodes run: NVIDIA's vLLM with Ray put back."""
+    _each(c, [image.build(_settings(None, BASE_IMAGE=base_image, TAG=tag))])
+
+
+@verb(help={"model": START})
+def head(c: Context, model: str | None = None) -> None:
+    """Bring this node up as the head, in the foreground: it goes down with its terminal."""
+    settings = _settings(model)
+    net = _network(settings)
+    if not c.config.run.dry:
+        guards.before_head(settings, net)
+    _bring_up(c, node.head(settings, net))
+
+
+@verb(help={"model": START, "head-ip": "the head's address on the control link (HEAD_NODE_IP)"})
+def worker(c: Context, model: str | None = None, head_ip: str | None = None) -> None:
+    """Bring this node up as a worker, in the foreground: it goes down with its terminal."""
+    settings = _settings(model, HEAD_NODE_IP=head_ip)
+    net = _network(settings)
+    if not c.config.run.dry:
+        guards.before_worker(settings, net)
+    _bring_up(c, node.worker(settings, net))
+
+
+@verb(help={"model": MODEL, "max-len": MAX_LEN})
+def launch(c: Context, model: str, max_len: str | None = None) -> None:
+    """Serve a model: start `vllm serve` in the head's container and follow its log; Ctrl-C stops it."""
+    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    if c.config.run.dry:
+        return run.show(*server.commands(settings))
+    guards.before_launch(settings)
+    server.launch(settings)
+
+
+@verb()
+def stop(c: Context) -> None:
+    """End the server in the head's container and leave Ray up."""
+    if not c.config.run.dry:
+        guards.before_stop()
+    _each(c, [server.stop()])
+
+
+@verb()
+def health(c: Context) -> None:
+    """Report Ray's nodes, the API and the GPU, each by itself; the exit status says whether all are well."""
+    if c.config.run.dry:
+        return run.show(looks.gpu(), looks.gpu_inside())
+    if not looks.report(_settings(None)):
+        raise Exit(code=1)
+
+
+@verb(help={"yes": "do not ask"})
+def cleanup(c: Context, yes: bool = False) -> None:
+    """Show what earlier runs left on this node, ask, and remove their containers."""
+    if c.config.run.dry:
+        return run.show(leftovers.removal())
+    leftovers.clean(_settings(None), yes)
+
+
+@verb(help={"model": MODEL, "max-len": MAX_LEN})
+def plan(c: Context, model: str, max_len: str | None = None) -> None:
+    """Print what head, worker and launch would run on every node, touching nothing."""
+    run.show(*planned.commands(_settings(model, MAX_MODEL_LEN=max_len)))
+
+
+@verb(help={
+    "hosts": "how many stand-in Sparks: 1, 2 or 4",
+    "keep": "leave them up",
+    "down": "take down those that were left up",
+    "install": "install what is missing first",
+})  # fmt: skip
+def rehearse(c: Context, hosts: str = "2", keep: bool = False, down: bool = False, install: bool = False) -> None:
+    """Run the whole flow on stand-in Sparks on this machine, as root, and clean up."""
+    from rehearsal import stage
+
+    _no_dry(c, "rehearse")
+    flags = [name for name, given in (("--keep", keep), ("--down", down), ("--install", install)) if given]
+    stage.prepare(install, "rehearse", "--hosts", hosts, *flags)
+    stage.down() if down else stage.rehearse(hosts, keep)
+
+
+@verb(name="test", help={"fast": "only what needs neither Docker nor root", "install": "install what is missing first"})
+def suite(c: Context, fast: bool = False, install: bool = False) -> None:
+    """Run the whole test suite: the fast tests, then those on the stand-in Sparks."""
+    from rehearsal import suite as tests
+
+    _no_dry(c, "test")
+    tests.fast() if fast else tests.everything(install)
+
+
+def _no_dry(c: Context, name: str) -> None:
+    if c.config.run.dry:
+        raise Exit(f"inv {name} has no dry run: what it would do depends on what it finds on the way.")
+
+
+def _settings(model: str | None, **flags: str | None) -> Settings:
+    settings = resolve.load(models.find(model) if model is not None else None, flags)
+    run.say(*settings.notes, *settings.overridden())
+    return settings
+
+
+def _network(settings: Settings) -> node.Network:
+    found = links.read(settings["SYSFS"])
+    net = node.network(settings, found)
+    run.say(*links.remarks(found), *node.remarks(net))
+    return net
+
+
+def _each(c: Context, commands: list[Command]) -> None:
+    if c.config.run.dry:
+        return run.show(*commands)
+    for command in commands:
+        run.run(command)
+
+
+def _bring_up(c: Context, commands: list[Command]) -> None:
+    if c.config.run.dry:
+        return run.show(*commands)
+    *before, container = commands
+    _each(c, before)
+    run.say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
+    run.become(container)
+
+
+def _launcher(model: models.Model) -> Task:
+    """`launch-NAME`, for the model called NAME."""
+
+    @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN})
+    def launch_model(c: Context, max_len: str | None = None) -> None:
+        launch(c, model.name, max_len)
+
+    launch_model.__doc__ = f"The same as launch --model {model.name}."
+    return launch_model
+
+
+ns = Collection(build_image, head, worker, launch, stop, health, cleanup, plan, rehearse, suite)
+for each in models.known().values():
+    ns.add_task(_launcher(each))
