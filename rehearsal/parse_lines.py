@@ -1,0 +1,29 @@
+"""Run inside an image: which of the `vllm serve` lines on standard input (JSON) does vLLM's own parser refuse?"""
+
+import contextlib
+import io
+import json
+import sys
+
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+def complaint(line):
+    """What the parser says against a line, or nothing."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            command = ServeSubcommand()
+            parser = FlexibleArgumentParser(prog="vllm")
+            command.subparser_init(parser.add_subparsers(dest="subparser"))
+            command.validate(parser.parse_args(line[1:]))
+    except SystemExit:
+        return said.getvalue().strip().splitlines()[-1]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+complaints = [f"{said}: {' '.join(line)}" for line in json.load(sys.stdin) if (said := complaint(line))]
+print(json.dumps(complaints))

@@ -1,0 +1,32 @@
+"""`inv test`: pytest on the fast tests and, as root, on those that need the stand-in Sparks."""
+
+import os
+import sys
+from typing import NoReturn
+
+from command import run
+from command.run import Command
+from rehearsal import stage
+from settings.models import ROOT
+
+_PYTEST = (sys.executable, "-m", "pytest", "--rootdir", str(ROOT), "-p", "no:cacheprovider")
+
+
+def fast() -> NoReturn:
+    """Become pytest on the fast tests."""
+    run.become(Command(((*_PYTEST, str(ROOT / "tests")),)))
+
+
+def everything(install: bool) -> NoReturn:
+    """Become pytest on all tests. A user's fast tests run as the user, the rest as root through sudo.
+
+    With install, or where CI is set, a test that cannot run is a failure; else it is skipped with its reason.
+    """
+    if install:
+        os.environ["CI"] = "true"
+    if os.geteuid():
+        run.run(Command(((*_PYTEST, str(ROOT / "tests")),)))
+    if install:
+        stage.prepare(install, "test", "--install")
+    slow = (*_PYTEST, "-m", "" if not os.geteuid() else "rehearsal", str(ROOT / "tests"))
+    run.become(Command((slow,), env={"PYTHONDONTWRITEBYTECODE": "1"})) if not os.geteuid() else stage.as_root(*slow)

@@ -1,0 +1,82 @@
+"""An operator at stand-in Sparks: terminals, what is typed in them, and what is left of it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+from rehearsal.flow import IMAGE
+from rehearsal.hosts import INV, Host
+from rehearsal.shell import wait
+
+KEY = "sk-stand-in-marker"
+SHELL = {"VLLM_IMAGE": IMAGE}
+
+
+class Terminal:
+    """A task in a terminal of its own, as a person has one: what it said, and the ways in which it is ended."""
+
+    def __init__(self, host: Host, *words: str, **env: str) -> None:
+        self.said = ""
+        self.process = host.popen(
+            *INV, *words, env=SHELL | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def read(self) -> str:
+        """All that it has said so far."""
+        self.said += (self.process.stdout.read() or b"").decode(errors="replace")
+        return self.said
+
+    def until(self, text: str, seconds: float = 60) -> None:
+        """Wait until it has said text."""
+        assert wait(lambda: text in self.read() or self.process.poll() is not None, seconds), self.said
+        assert text in self.read(), self.said
+
+    def end(self, number: signal.Signals, seconds: float = 60) -> int:
+        """Send a signal to the task's own process and wait until it has ended; its exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        self.read()
+        return status
+
+
+def bring_up(sparks: list[Host], terminal: Callable[..., Terminal], **env: str) -> list[Terminal]:
+    """A terminal with head and one with each worker, all joined."""
+    head, *workers = sparks
+    opened = [terminal(head, "head", "--model", "rehearsal", **env)]
+    opened += [terminal(worker, "worker", "--model", "rehearsal") for worker in workers]
+    joined = lambda: f"Ray: {len(sparks)} nodes" in inv(head, "health").stderr  # noqa: E731
+    assert wait(joined, 90, pause=1), [one.read() for one in opened]
+    return opened
+
+
+def inv(host: Host, *words: str, **env: str) -> subprocess.CompletedProcess:
+    """Type a task on the host and wait for its end."""
+    return host.run(*INV, *words, env=SHELL | env, timeout=120)
+
+
+def containers(host: Host) -> str:
+    """Names and states of the containers on the host, running or not."""
+    return host.run("docker", "ps", "--all", "--format", "{{.Names}} {{.State}}").stdout.strip()
+
+
+def gone(host: Host, seconds: float = 20) -> bool:
+    """Whether the host has no container within so many seconds."""
+    return wait(lambda: not containers(host), seconds)
+
+
+def serving(host: Host) -> bool:
+    """Whether a `vllm serve` runs in the host's container."""
+    return host.run("docker", "exec", "node-ray", "pgrep", "-f", "vllm serve").returncode == 0
+
+
+def settled(condition: Callable[[], bool], seconds: float = 3) -> bool:
+    """Whether a condition holds now and all through the next seconds."""
+    end = time.monotonic() + seconds
+    while held := condition():
+        if time.monotonic() > end:
+            break
+        time.sleep(0.3)
+    return held

@@ -1,0 +1,206 @@
+"""The plug pulled in the middle, on real engines: what is left, what is said, and that the words mend it."""
+
+import os
+import pty
+import signal
+import subprocess
+
+import pytest
+from operating import KEY, bring_up, containers, gone, inv, serving, settled
+
+from rehearsal.hosts import INV
+from rehearsal.shell import wait
+
+pytestmark = pytest.mark.rehearsal
+ENDINGS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_a_head_goes_with_its_terminal(sparks, terminal, number):
+    """A hang-up, SIGTERM or Ctrl-C at `inv head` leaves no container."""
+    head = terminal(sparks[0], "head")
+    head.until("Ray runtime started")
+    head.end(number)
+    assert gone(sparks[0]), containers(sparks[0])
+
+
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_a_worker_goes_with_its_terminal_and_the_head_stays(cluster, sparks, number):
+    """The same at `inv worker`; Ray's head has lost one node and runs on."""
+    cluster[1].end(number)
+    assert gone(sparks[1]), containers(sparks[1])
+    assert containers(sparks[0]) == "node-ray running"
+
+
+def test_what_a_killed_head_leaves_is_named_by_the_next(sparks, terminal):
+    """SIGKILL cannot be passed on: the container is left, the next head says so, and cleanup mends it."""
+    head = terminal(sparks[0], "head")
+    head.until("Ray runtime started")
+    head.end(signal.SIGKILL)
+    second = inv(sparks[0], "head")
+    assert second.returncode != 0 and "A node-ray is here already (running" in second.stderr
+    assert "inv cleanup" in second.stderr
+    assert inv(sparks[0], "cleanup", "--yes").returncode == 0
+    assert containers(sparks[0]) == ""
+    again = terminal(sparks[0], "head")
+    again.until("Ray runtime started")
+    again.end(signal.SIGTERM)
+
+
+def test_a_worker_on_the_heads_host_is_refused(sparks):
+    """Both ranks on one Spark: refused by the address alone."""
+    done = inv(sparks[0], "worker")
+    assert done.returncode != 0 and "both ranks on one Spark" in done.stderr
+
+
+def test_a_head_on_the_workers_host_is_refused(sparks):
+    """HEAD_NODE_IP is not here."""
+    done = inv(sparks[1], "head")
+    assert done.returncode != 0 and "no address of this host" in done.stderr
+
+
+def test_a_worker_without_a_head_is_refused_in_time(sparks):
+    """`ray start --address` would wait in silence."""
+    done = inv(sparks[1], "worker", WAIT_HEAD_S="2")
+    assert done.returncode != 0 and "No head answers at 10.0.0.1:6379 after 2 s" in done.stderr
+    assert containers(sparks[1]) == ""
+
+
+def test_the_ports_holder_is_named(sparks):
+    """Somebody else on Ray's port: the head says who."""
+    listen = "import socket, time; s = socket.create_server(('', 6379)); print(1, flush=True); time.sleep(60)"
+    holder = sparks[0].popen("python3", "-c", listen, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    done = inv(sparks[0], "head")
+    holder.kill()
+    assert done.returncode != 0 and f"6379 is held by python3 (process {holder.pid})" in done.stderr
+
+
+def test_a_missing_image_is_named(sparks):
+    """With the task that makes it."""
+    done = inv(sparks[0], "head", VLLM_IMAGE="local/none")
+    assert done.returncode != 0 and "no image local/none (shell)" in done.stderr and "inv build-image" in done.stderr
+
+
+def test_an_engine_that_does_not_answer_is_named(sparks):
+    """With the line that starts it."""
+    done = inv(sparks[0], "head", DOCKER_HOST="unix:///nowhere.sock")
+    assert done.returncode != 0 and "unix:///nowhere.sock" in done.stderr and "systemctl start docker" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "told"), [({}, "missing"), ({"VLLM_CPU_KVCACHE_SPACE": "2"}, "has '2'")], ids=["missing", "different"]
+)
+def test_a_forwarded_variable_that_is_not_the_heads_is_refused(sparks, terminal, env, told):
+    """The article's trap: launch names the variable, both values, and the commands that mend it."""
+    head = terminal(sparks[0], "head", *(("--model", "rehearsal") if env else ()), **env)
+    head.until("Ray runtime started")
+    done = inv(sparks[0], "launch", "rehearsal", VLLM_API_KEY=KEY)
+    assert done.returncode != 0
+    assert f"VLLM_CPU_KVCACHE_SPACE: {told}, needs '1'" in done.stderr
+    assert "inv worker --model rehearsal" in done.stderr
+    assert not serving(sparks[0])
+
+
+def test_too_few_nodes_are_refused(sparks, terminal):
+    """One node where TP=2: asked of Ray, not counted in a text."""
+    head = terminal(sparks[0], "head", "--model", "rehearsal")
+    head.until("Ray runtime started")
+    done = inv(sparks[0], "launch", "rehearsal", VLLM_API_KEY=KEY)
+    assert done.returncode != 0 and "needs 2 nodes" in done.stderr and "10.0.0.1" in done.stderr
+
+
+def test_launch_is_refused_without_key_container_or_on_a_worker(cluster, sparks):
+    """Each with its own sentence; nothing starts."""
+    for host, env, told in (
+        (sparks[0], {}, "VLLM_API_KEY must be set"),
+        (sparks[1], {"VLLM_API_KEY": KEY}, "This node is a worker"),
+        (sparks[0], {"VLLM_API_KEY": KEY, "HEAD_NODE_IP": "10.0.0.9"}, "Ray does not answer at 10.0.0.9:6379"),
+    ):
+        done = inv(host, "launch", "rehearsal", **env)
+        assert done.returncode != 0 and told in done.stderr
+    assert not serving(sparks[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, terminal, number):
+    """Served on, log kept; `stop` ends it and Ray stays."""
+    launch = terminal(sparks[0], "launch", "rehearsal", VLLM_API_KEY=KEY)
+    launch.until("vLLM API server version")
+    launch.end(number)
+    log = sparks[0].cache / "node-ray/serve.log"
+    assert settled(lambda: serving(sparks[0])) and "vLLM API server version" in log.read_text()
+    second = inv(sparks[0], "launch", "rehearsal", VLLM_API_KEY=KEY)
+    assert second.returncode != 0 and "inv stop" in second.stderr
+    assert inv(sparks[0], "stop").returncode == 0
+    assert not serving(sparks[0])
+    assert "Ray: 2 nodes" in inv(sparks[0], "health").stderr
+    assert inv(sparks[0], "stop").returncode != 0, "there was nothing left to stop"
+
+
+def test_ctrl_c_stops_the_server(cluster, sparks, terminal):
+    """After Ctrl-C at `launch` nothing of the server is left, on any node."""
+    launch = terminal(sparks[0], "launch", "rehearsal", VLLM_API_KEY=KEY)
+    launch.until("vLLM API server version")
+    launch.end(signal.SIGINT)
+    assert not serving(sparks[0]), launch.said
+    assert "The server is stopped" in launch.said
+
+
+def test_no_secret_is_seen_anywhere(cluster, sparks, terminal):
+    """Not in argv, not in what a container started with, not in the log, not on the screen."""
+    launch = terminal(sparks[0], "launch", "rehearsal", VLLM_API_KEY=KEY, HF_TOKEN="hf-stand-in-marker")
+    launch.until("vLLM API server version")
+    seen = [launch.read(), (sparks[0].cache / "node-ray/serve.log").read_text()]
+    seen += [host.run("docker", "inspect", "node-ray").stdout for host in sparks]
+    seen.append(subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout)
+    launch.end(signal.SIGINT)
+    assert "vllm serve" in seen[-1]
+    assert not [text for text in seen if KEY in text or "hf-stand-in-marker" in text]
+
+
+def test_cleanup_asks_a_person(sparks, terminal):
+    """Without a terminal it refuses; at one, anything but yes removes nothing; yes removes what runs, too."""
+    head = terminal(sparks[0], "head")
+    head.until("Ray runtime started")
+    alone = inv(sparks[0], "cleanup")
+    assert alone.returncode != 0 and "inv cleanup --yes" in alone.stderr and "node-ray: running" in alone.stderr
+    assert "port 6379 (Ray): held by" in alone.stderr
+    for answer, left in (("n", "node-ray running"), ("y", "")):
+        ours, theirs = pty.openpty()
+        asked = sparks[0].popen(*INV, "cleanup", stdin=theirs, stderr=subprocess.PIPE)
+        os.write(ours, f"{answer}\n".encode())
+        assert b"Did the previous run finish?" in asked.communicate(timeout=60)[1]
+        os.close(ours)
+        os.close(theirs)
+        assert containers(sparks[0]) == left
+    assert head.process.wait(20) != 0
+
+
+def test_somebody_elses_container_is_not_ours(sparks):
+    """node-exporter stays where it is; node- and digits, as the article called its own, goes."""
+    for name in ("node-exporter", "node-17"):
+        sparks[0].run("docker", "create", "--name", name, "rehearsal/vllm-ray", "true")
+    done = inv(sparks[0], "cleanup", "--yes")
+    left = containers(sparks[0])
+    sparks[0].run("docker", "rm", "node-exporter")
+    assert "node-17" in done.stderr and left == "node-exporter created"
+
+
+def test_a_link_that_is_down_is_left_out(rig, sparks):
+    """One cable pulled at the far end: the devices of that port are not given to NCCL."""
+    for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
+        rig.link_down(sparks[0], netdev)
+    said = inv(sparks[0], "--dry", "head")
+    for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
+        rig.link_up(sparks[0], netdev)
+    assert "port f0 is down" in said.stderr
+    assert "export NCCL_IB_HCA=roceP2p1s0f1,rocep1s0f1\n" in said.stdout
+    assert wait(lambda: "rocep1s0f0" in inv(sparks[0], "--dry", "head").stdout, 10)
+
+
+def test_the_worker_dies_and_health_says_so(sparks, terminal):
+    """A node that is gone is a node less, within Ray's own time."""
+    _, worker = bring_up(sparks, terminal)
+    worker.end(signal.SIGTERM)
+    assert wait(lambda: "Ray: 1 nodes" in inv(sparks[0], "health").stderr, 60, pause=2)

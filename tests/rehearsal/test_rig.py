@@ -1,0 +1,43 @@
+"""What makes a stand-in Spark a Spark, and what keeps it off this machine."""
+
+from pathlib import Path
+
+import pytest
+
+from rehearsal.flow import IMAGE
+from rehearsal.links import LINKS
+
+pytestmark = pytest.mark.rehearsal
+
+
+def carrier(host, link) -> str:
+    """What the host's sysfs tree says, by way of the RoCE device."""
+    file = f"{host.env['SYSFS']}/class/infiniband/{link.roce}/device/net/{link.netdev}/carrier"
+    return host.run("cat", file).stdout.strip()
+
+
+@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.netdev)
+def test_a_link_that_is_down_at_the_other_end_has_no_carrier(rig, link):
+    """And has it again when the other end is up."""
+    host = rig.hosts[0]
+    assert carrier(host, link) == "1"
+    rig.link_down(host, link.netdev)
+    assert carrier(host, link) == "0"
+    rig.link_up(host, link.netdev)
+    assert carrier(host, link) == "1"
+
+
+def test_hosts_have_names_addresses_and_devices_of_their_own(sparks):
+    """A container on the host's network sees the host's name, its control link and /dev/infiniband."""
+    for host in sparks:
+        asked = "hostname; ip -4 -br address show enp1s0f1np1; ls /dev/infiniband"
+        line = ("docker", "run", "--rm", "--network", "host", "--device=/dev/infiniband", IMAGE, "sh", "-c", asked)
+        said = host.run(*line).stdout.split()
+        assert [host.name, f"{host.address}/24", "uverbs0"] == [said[0], said[3], said[4]]
+    assert not Path("/dev/infiniband").exists()
+
+
+def test_nothing_of_the_operator_reaches_a_host(sparks, monkeypatch):
+    """Variables of the shell that starts a rehearsal are not there for the tasks that it rehearses."""
+    monkeypatch.setenv("NCCL_IB_HCA", "the operator's")
+    assert "NCCL_IB_HCA" not in sparks[0].run("env").stdout
