@@ -1,0 +1,164 @@
+"""The command layer: from template to words, and from words to a process with its signals and exit status."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from invoke import Exit
+from jinja2 import UndefinedError
+
+from command import run, template
+from command.run import Command
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Renders a template of this text."""
+
+    def render(text: str, **values: object) -> template.Lines:
+        (tmp_path / "it.j2").write_text(text)
+        monkeypatch.setattr(template, "ROOT", tmp_path)
+        template._environment.cache_clear()
+        return template.render("it.j2", **values)
+
+    yield render
+    template._environment.cache_clear()
+
+
+def test_a_missing_value_is_an_error(written):
+    """A name that nobody gave ends the run: it never becomes an empty word."""
+    with pytest.raises(UndefinedError, match="MISSING"):
+        written("docker {{ MISSING }}\n")
+
+
+def test_none_is_an_error(written):
+    """None is a mistake of ours, and not the word None."""
+    with pytest.raises(ValueError, match="None"):
+        written("docker {{ it }}\n", it=None)
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\0", "\x1b", "\u2028", "\udcff"], ids=ascii)
+def test_a_control_character_is_an_error(char, written):
+    """The last gate: whatever let it through before, no command line is written with it."""
+    with pytest.raises(ValueError):  # noqa: PT011 - the value is the message
+        written("docker {{ it }}\n", it=f"a{char}b")
+
+
+@pytest.mark.parametrize("value", ["", "a b", "'", '"', "$(id)", "-x", "#", "\\", "a=b#c", "{{ 1 }}", "é\u00a0", 7])
+def test_a_value_is_one_word_wherever_it_stands(value, written):
+    """Each `{{ … }}` is quoted, also beside other text, and nothing is exempt."""
+    lines = written("docker --name={{ it }} {{ it }}:/x\n{{ it }}\n", it=value)
+    assert lines == (("docker", f"--name={value}", f"{value}:/x"), (str(value),))
+    assert shlex.split(template.text(lines).replace("\\\n", "")) == template.words(lines)
+
+
+def test_text_is_what_bash_reads_back():
+    """The text of a command, pasted, is the same words."""
+    lines = (("printf", "%s\\0"), ("a b", "$HOME"), ("`id`",), ("\\",), ("'",), ("",))
+    done = subprocess.run(["bash"], input=template.text(lines), capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:-1] == template.words(lines)[2:]
+
+
+def _python(script: str) -> subprocess.Popen:
+    """Starts a Python of its own, its output buffered as in a pipe, in which sh('…') is a command of a shell."""
+    head = "from command.run import *\ndef sh(text): return Command((('sh', '-c', text),))\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", head + script],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def test_become_is_the_program():
+    """The process id, standard output and exit status are the program's own, and it ignores no signal."""
+    text = "echo $$; sh -c 'kill -PIPE $$'; echo $?; exit 7"
+    with _python(f"print('before')\nbecome(sh({text!r}))") as child:
+        out, err = child.communicate(timeout=10)
+    assert (out, child.returncode) == (f"before\n{child.pid}\n{128 + signal.SIGPIPE}\n", 7)
+    assert err == f"{shlex.join(['sh', '-c', text])}\n"
+
+
+def test_become_refuses_what_is_not_there():
+    """No docker on the PATH is a sentence."""
+    before = signal.getsignal(signal.SIGPIPE)
+    with pytest.raises(Exit, match=r"no-such-program cannot be started: No such file or directory\."):
+        run.become(Command((("no-such-program",),)))
+    signal.signal(signal.SIGPIPE, before)
+
+
+@pytest.mark.parametrize("started", [run.run, run.run_whole, run.output], ids=lambda started: started.__name__)
+def test_a_program_that_is_not_there_is_a_sentence(started, capfd):
+    """However it is started, a missing program is no traceback."""
+    with pytest.raises(Exit, match="no-such-program"):
+        started(Command((("no-such-program",),)))
+
+
+@pytest.mark.parametrize("started", [run.run, run.run_whole], ids=lambda started: started.__name__)
+def test_an_exit_status_is_passed_on(started, capfd):
+    """A command that fails ends the run with its status; one that does well says nothing more."""
+    with pytest.raises(Exit, match="failed with status 3") as failed:
+        started(Command((("sh", "-c", "exit 3"),)))
+    assert failed.value.code == 3
+    assert started(Command((("true",),))) is None
+
+
+def test_what_a_command_says_goes_to_standard_error(capfd):
+    """Standard output is for command lines; a command that runs, and its text, are told to the person."""
+    run.run(Command((("echo", "said"),), "this node", {"A": "b c"}))
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "# this node\nexport A='b c'\necho said\nsaid\n")
+
+
+def test_an_answer_is_exported_to_the_command_that_asks(capfd):
+    """`export NAME="$(…)"`: the output of one command reaches the next by name."""
+    run.run(Command((("sh", "-c", "echo got $A"),), asks={"A": (("echo", "an answer"),)}))
+    assert capfd.readouterr().err.endswith("A is an answer\ngot an answer\n")
+
+
+def test_an_answer_that_fails_stops_the_command(capfd):
+    """A question without an answer is no empty answer."""
+    with pytest.raises(Exit):
+        run.run(Command((("echo", "not reached"),), asks={"A": (("false",),)}))
+    assert "\nnot reached" not in capfd.readouterr().err
+
+
+def test_a_question_that_takes_too_long_is_a_sentence():
+    """Asking never hangs."""
+    with pytest.raises(Exit, match="sleep 9 did not answer within"):
+        run.output(Command((("sleep", "9"),)), seconds=0.05)
+
+
+def test_a_ctrl_c_waits_for_a_command_that_must_not_be_cut():
+    """run_whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
+    script = "try: run_whole(sh('echo started; sleep 0.2; echo done'))\nexcept KeyboardInterrupt: print('interrupted')"
+    with _python(script) as child:
+        while child.stderr.readline() != "started\n":
+            pass
+        os.killpg(child.pid, signal.SIGINT)
+        out, err = child.communicate(timeout=10)
+    assert (err, out, child.returncode) == ("done\n", "interrupted\n", 0)
+
+
+def test_who_follows_a_log_ends_with_its_terminal():
+    """following: a hang-up or a SIGTERM to us ends the follower too, and our status says which it was."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    started = [
+        _python("with following(sh('exec sleep 60')) as log: print(log.pid, flush=True); log.wait()") for _ in numbers
+    ]
+    for number, child in zip(numbers, started, strict=True):
+        with child:
+            follower = int(child.stdout.readline())
+            child.send_signal(number)
+            assert child.wait(timeout=10) == 128 + number
+        with pytest.raises(ProcessLookupError):
+            os.kill(follower, 0)

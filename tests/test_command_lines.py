@@ -1,0 +1,103 @@
+"""Whole command lines, as `inv --dry` and `inv plan` print them: what is in tests/golden is what runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from settings import models
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TASKS = [
+    "build-image",
+    "stop",
+    "health",
+    "cleanup",
+    "head",
+    "head --model nemotron",
+    "worker",
+    "worker --model nemotron",
+    *(f"launch --model {name}" for name in models.known()),
+]
+PLANS = [f"plan --model {name}" for name in models.known()]
+
+
+def _file(line: str) -> str:
+    return re.sub(" (--model )?", "-", line)
+
+
+@pytest.mark.parametrize("line", TASKS)
+def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses):
+    """The standard output of `inv --dry TASK` is the command lines of the task, to the byte."""
+    if line.startswith("worker"):
+        addresses["enp1s0f1np1"] = "10.0.0.2"
+    golden(_file(line), inv(f"--dry {line}").out)
+
+
+@pytest.mark.parametrize("line", PLANS)
+def test_a_plan_prints_this_and_no_more(line, inv, golden):
+    """`inv plan` prints the command lines of head, worker and launch, to the byte."""
+    golden(_file(line), inv(line).out)
+
+
+def test_no_golden_file_is_left_over():
+    """Every file in tests/golden is one that a test compares."""
+    assert {file.stem for file in (ROOT / "tests/golden").iterdir()} == {_file(line) for line in TASKS + PLANS}
+
+
+@pytest.mark.parametrize("name", models.known())
+def test_the_plan_is_what_the_three_tasks_run(name, inv, addresses):
+    """What `inv plan` prints is what head, worker and launch print, each on its own node."""
+    head = inv(f"--dry head --model {name}").out
+    addresses["enp1s0f1np1"] = "10.0.0.2"
+    worker = inv(f"--dry worker --model {name}").out
+    assert inv(f"plan --model {name}").out == "\n".join([head, worker, inv(f"--dry launch --model {name}").out])
+
+
+def test_a_laptop_without_links_plans_with_the_documented_ones(inv, tmp_path):
+    """Without a RoCE device `inv plan` takes the links that .env.example names, and says so."""
+    said = inv("plan --model nemotron", SYSFS=str(tmp_path / "nothing"))
+    documented = dict(re.findall("^# (RDMA_HCAS|DATA_IFS)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
+    assert said.out == inv("plan --model nemotron", **documented).out
+    assert "the links are those that .env.example names" in said.err
+
+
+def test_a_plan_has_one_worker_for_each_address(inv):
+    """Three nodes are planned as they would be brought up: a head and two workers."""
+    said = inv("plan --model nemotron", WORKER_IP="10.0.0.2,10.0.0.3", TP_SIZE="3").out
+    assert re.findall("^# (.*)\nexport", said, re.M) == ["head, 10.0.0.1", "worker, 10.0.0.2", "worker, 10.0.0.3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "shell"),
+    [
+        ("--base-image nvcr.io/nvidia/vllm:26.03-py3 --tag mine:26.03", {}),
+        ("", {"BASE_IMAGE": "nvcr.io/nvidia/vllm:26.03-py3", "TAG": "mine:26.03"}),
+        ("--tag mine:26.03", {"BASE_IMAGE": "nvcr.io/nvidia/vllm:26.03-py3", "TAG": "not-this"}),
+    ],
+)
+def test_another_base_has_another_name(line, shell, inv):
+    """Base and tag work as flags and from the environment; every question is asked of the base that is meant."""
+    out = inv(f"--dry build-image {line}", **shell).out
+    assert "--build-arg BASE_IMAGE=nvcr.io/nvidia/vllm:26.03-py3 \\\n" in out and "--tag mine:26.03 \\\n" in out
+    assert out.count("nvcr.io/nvidia/vllm:26.03-py3") == 4 and "26.05" not in out
+
+
+def test_another_base_does_not_take_the_usual_name(inv):
+    """Without a tag of its own another base would replace the image that both nodes run."""
+    said = inv("--dry build-image --base-image nvcr.io/nvidia/vllm:26.03-py3")
+    assert said.code and said.out == "" and "--tag" in said.err and "flag --base-image" in said.err
+
+
+def test_every_cache_has_its_place(inv):
+    """Five folders outlive the container, also where the Hugging Face one is the folder of another."""
+    for folder in ("/big/huggingface", "/big/vllm"):
+        out = inv("--dry head", CACHE_DIR="/big", HF_CACHE=folder).out
+        assert re.findall(r"^  -v \S+:(\S+) \\$", out, re.M) == [
+            "/root/.cache/huggingface",
+            "/root/.cache/flashinfer",
+            "/root/.cache/vllm",
+            "/root/.triton",
+            "/var/log/node-ray",
+        ]

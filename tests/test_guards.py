@@ -1,0 +1,234 @@
+"""What head, worker and launch refuse before anything starts, with the cause and the command to type.
+
+The Engine here is made up: the stand-in Sparks of tests/rehearsal have real ones. So these are few: the sentences.
+"""
+
+import json
+import socket
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from invoke import Exit
+
+from cluster import guards, leftovers, nodes
+from cluster.node import Network
+from host import engine
+from settings import models, resolve
+
+HERE, ELSEWHERE = "127.0.0.1", "192.0.2.1"
+NEMOTRON = {
+    "VLLM_NVFP4_GEMM_BACKEND": "marlin",
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
+    "VLLM_USE_FLASHINFER_MOE_FP4": "0",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
+TWO = [{"address": f"10.0.0.{n}", "hostname": f"spark-{n}", "gpus": 1.0} for n in (1, 2)]
+
+
+class Container:
+    """A container as the docker SDK shows it, which answers as it is told."""
+
+    def __init__(self, name="node-ray", status="running", serving=False, ray=TWO, **env):
+        env = {"VLLM_HOST_IP": HERE, "MASTER_ADDR": HERE} | env
+        self.name, self.id, self.status = name, name, status
+        self.serving, self.ray = serving, ray
+        config = {"Env": [f"{name}={value}" for name, value in env.items()], "Image": "local/vllm-ray:26.05.post1"}
+        self.attrs = {"Config": config, "Created": datetime.now(UTC).isoformat()}
+
+    def exec_run(self, words, demux=False):
+        """Ray's nodes to who wants the output, whether the server runs to who wants a status."""
+        if demux:
+            return 0, (b"noise\n" + json.dumps(self.ray).encode(), b"")
+        return SimpleNamespace(exit_code=0 if self.serving else 1)
+
+
+@pytest.fixture
+def docker(operator):
+    """The Engine of this node: what it has is what a test puts in."""
+    found = SimpleNamespace(containers=[], images=True)
+    operator.setattr(engine, "node", lambda: next((c for c in found.containers if c.name == "node-ray"), None))
+    operator.setattr(engine, "ours", lambda: found.containers)
+    operator.setattr(engine, "has_image", lambda name: found.images)
+    return found
+
+
+@pytest.fixture
+def ray_port(operator):
+    """A port of this machine where something answers, in the place of Ray's."""
+    with socket.create_server((HERE, 0)) as listening:
+        operator.setattr(guards, "RAY_PORT", listening.getsockname()[1])
+        yield listening.getsockname()[1]
+
+
+def _refused(guard, *args, model=None, **shell) -> str:
+    settings = resolve.load(models.find(model) if model else None, {}, {"ENV_FILE": "", **shell})
+    with pytest.raises(Exit) as refusal:
+        guard(settings, *args)
+    assert refusal.value.code
+    return refusal.value.message
+
+
+AT_HOME = Network(HERE, (), ("lo",))
+
+
+def test_a_head_is_where_its_address_is(docker):
+    """HEAD_NODE_IP that is no address of this host: the other node, or .env."""
+    said = _refused(guards.before_head, AT_HOME, model="nemotron", HEAD_NODE_IP=ELSEWHERE)
+    assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and "inv worker --model nemotron" in said
+
+
+def test_a_head_calls_itself_by_the_address_that_workers_dial(docker):
+    """A PRIMARY_IF with another address than HEAD_NODE_IP would be two addresses for one head."""
+    said = _refused(guards.before_head, Network("10.0.0.7", (), ()), HEAD_NODE_IP=HERE)
+    assert HERE in said and "10.0.0.7" in said and ".env" in said
+
+
+def test_a_worker_is_not_on_the_heads_host(docker):
+    """Two Rays on one Spark would pass a count of nodes."""
+    said = _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=HERE)
+    assert HERE in said and "inv head" in said and "inv worker on the other node" in said
+
+
+def test_a_worker_waits_for_a_head_and_then_says_so(docker, ray_port, capfd):
+    """`ray start --address` would wait in silence."""
+    said = _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=ELSEWHERE, WAIT_HEAD_S="0")
+    assert f"No head answers at {ELSEWHERE}:{ray_port} after 0 s (WAIT_HEAD_S)" in said and "inv head" in said
+
+
+@pytest.mark.parametrize(("guard", "address"), [(guards.before_head, HERE), (guards.before_worker, ELSEWHERE)])
+@pytest.mark.parametrize("status", ["running", "exited"])
+def test_a_container_that_is_left_is_a_persons_question(guard, address, status, docker):
+    """A node-ray in whatever state stops the bring-up, and nothing is removed by itself."""
+    docker.containers = [Container(status=status)]
+    said = _refused(guard, AT_HOME, HEAD_NODE_IP=address)
+    assert "A node-ray is here already" in said and status in said and "inv cleanup" in said
+
+
+def test_a_missing_image_is_named(docker):
+    """The image is looked for before a container is tried: `docker run` would try to pull it."""
+    docker.images = False
+    assert "Docker has no image local/vllm-ray:26.05.post1" in (
+        said := _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
+    )
+    assert "inv build-image" in said
+
+
+def test_a_held_ray_port_is_named_with_its_holder(docker, ray_port):
+    """A second head on a taken port fails minutes later, and says something else."""
+    said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
+    assert f"Ray's port {ray_port} is held by " in said and "inv cleanup" in said
+
+
+KEYS = {"HF_TOKEN": "hf_x", "VLLM_API_KEY": "sk_x", "HEAD_NODE_IP": HERE, "HOST": HERE, "PORT": "1"}
+
+
+def _launch(model="nemotron", **shell) -> str:
+    return _refused(guards.before_launch, model=model, **(KEYS | shell))
+
+
+def test_launch_without_a_container(docker):
+    """No container, or one that does not run, is answered with the bring-up."""
+    assert "No node-ray runs on this node. Type: inv head --model nemotron" in _launch()
+    docker.containers = [Container(status="exited")]
+    assert "exited" in (said := _launch()) and "inv cleanup" in said
+
+
+def test_launch_on_a_worker(docker):
+    """The server starts on the head; a worker's container knows that it is none."""
+    docker.containers = [Container(VLLM_HOST_IP="10.0.0.2", MASTER_ADDR="10.0.0.1", **NEMOTRON)]
+    assert "This node is a worker (10.0.0.2). Launch on the head, 10.0.0.1." in _launch()
+
+
+@pytest.mark.parametrize(("model", "names"), [("nemotron", "HF_TOKEN and VLLM_API_KEY"), ("qwen-30b", "VLLM_API_KEY")])
+def test_launch_without_the_secrets_of_the_profile(model, names, docker):
+    """Unset or empty, each missing secret is named."""
+    docker.containers = [Container(**NEMOTRON)]
+    assert _launch(model, HF_TOKEN="", VLLM_API_KEY="").startswith(f"{names} must be set for {model}")
+
+
+def test_launch_where_the_containers_started_without_the_models_variables(docker):
+    """Missing and different values are told apart, and both bring-ups are there to be typed."""
+    env = NEMOTRON | {"VLLM_NVFP4_GEMM_BACKEND": "cutlass"}
+    del env["VLLM_ALLOW_LONG_MAX_MODEL_LEN"]
+    docker.containers = [Container(**env)]
+    said = _launch()
+    assert "VLLM_NVFP4_GEMM_BACKEND: has 'cutlass', needs 'marlin'" in said
+    assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN: missing, needs '1'" in said
+    assert "TRTLLM" not in said.upper()
+    assert "inv head --model nemotron" in said and "inv worker --model nemotron" in said
+
+
+def test_launch_twice(docker):
+    """One server per cluster: the second is refused before it takes memory."""
+    docker.containers = [Container(serving=True, **NEMOTRON)]
+    assert "A server runs in this container already. Type: inv stop" in _launch()
+
+
+def test_launch_on_a_taken_port(docker, ray_port):
+    """The API's port is tried on the address where the API will listen."""
+    docker.containers = [Container(**NEMOTRON)]
+    assert f"PORT {ray_port} is held by " in _launch(PORT=str(ray_port))
+
+
+def test_launch_without_an_answer_from_ray(docker, operator):
+    """Ray's port is asked with a plain connect, which fails at once."""
+    docker.containers = [Container(**NEMOTRON)]
+    with socket.create_server((HERE, 0)) as closed:
+        port = closed.getsockname()[1]
+    operator.setattr(guards, "RAY_PORT", port)
+    assert f"Ray does not answer at {HERE}:{port}" in _launch(PORT=str(port))
+
+
+@pytest.mark.parametrize(
+    "ray",
+    [TWO[:1], [TWO[0], TWO[0] | {"hostname": "other"}], [TWO[0], TWO[1] | {"gpus": 0}]],
+    ids=["one node", "two on one host", "one without a GPU"],
+)
+def test_launch_with_fewer_sparks_than_the_model_needs(ray, docker, ray_port):
+    """TP times PP counts distinct addresses that have a GPU, not nodes."""
+    docker.containers = [Container(ray=ray, **NEMOTRON)]
+    said = _launch(PORT="65000")
+    assert "nemotron needs 2 nodes with a GPU" in said and "10.0.0.1" in said and "inv worker --model nemotron" in said
+
+
+def test_launch_where_all_is_as_it_should_be(docker, ray_port):
+    """Nothing is refused, and nothing is asked twice."""
+    docker.containers = [Container(**NEMOTRON)]
+    with socket.create_server((HERE, 0)) as closed:
+        port = closed.getsockname()[1]
+    settings = resolve.load(models.find("nemotron"), {}, {"ENV_FILE": "", **KEYS, "PORT": str(port)})
+    assert guards.before_launch(settings) is None
+
+
+@pytest.mark.parametrize("answer", [b"", b"Traceback\n", b'{"a": 1}', b'[{"address": 1}]'])
+def test_an_answer_of_rays_that_is_none_is_no_answer(answer):
+    """A guard that could not ask has failed: it does not take silence for no nodes."""
+    head = SimpleNamespace(name="node-ray", exec_run=lambda words, demux: (0, (answer, b"")))
+    with pytest.raises(Exit, match="Ray's answer in node-ray is no list of nodes"):
+        nodes.alive(head)
+
+
+def test_cleanup_without_a_terminal_removes_nothing(docker, capfd, operator):
+    """Nobody to ask, nothing removed: what is left is shown, and how to say yes."""
+    docker.containers = [Container(name="node-17", status="exited")]
+    operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    operator.setattr(leftovers.run, "run_whole", lambda command: pytest.fail("removed"))
+    assert "inv cleanup --yes" in _refused(leftovers.clean, False)
+    assert "node-17: exited" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "removed"), [("y\n", True), ("yes\n", True), ("n\n", False), ("\n", False), ("", False)]
+)
+def test_cleanup_asks(typed, removed, docker, capfd, operator):
+    """Only a yes is a yes."""
+    docker.containers = [Container(), Container(name="node-17")]
+    ran = []
+    operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: typed))
+    operator.setattr(leftovers.run, "run_whole", lambda command: ran.append(command.words))
+    if removed:
+        leftovers.clean(resolve.load(None, {}, {"ENV_FILE": ""}), False)
+    else:
+        assert "Nothing was removed." in _refused(leftovers.clean, False)
+    assert ran == ([["docker", "rm", "--force", "node-ray", "node-17"]] if removed else [])

@@ -1,0 +1,67 @@
+"""House rules that a reader relies on: who starts processes, what a template may hold, what a start costs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATES = sorted(file for file in ROOT.glob("*/*.j2") if file.parent.name != "tests")
+MODULES = [file for folder in ("cluster", "command", "host", "settings") for file in (ROOT / folder).glob("*.py")]
+STARTS = r"\b(subprocess|Popen|os\.(exec\w+|spawn\w+|system|popen|fork)|pty|c\.run|c\.sudo|asyncio)\b"
+
+
+def test_a_dry_run_imports_neither_docker_nor_rich():
+    """A dry run answers at once: what asks an Engine or draws a table is imported where it is used."""
+    script = "import sys, tasks; from invoke import Program; Program(namespace=tasks.ns).run(sys.argv, exit=False); "
+    script += "print(*sys.modules, file=sys.stderr)"
+    words = [sys.executable, "-c", script, *shlex.split("--dry build-image launch-nemotron stop health cleanup")]
+    env = {"PATH": os.environ["PATH"], "ENV_FILE": ""}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert "vllm serve" in done.stdout and "cluster.server" in done.stderr.split()
+    assert {"docker", "rich", "requests"}.isdisjoint(done.stderr.split())
+
+
+def test_one_module_starts_processes():
+    """Whatever this tool does to a machine goes through command/run.py, which shows it first."""
+    assert _files_with(STARTS, [*MODULES, ROOT / "tasks.py"]) == {"command/run.py"}
+
+
+def test_settings_are_read_in_one_place():
+    """Only settings/ reads the environment for a setting; host/engine asks for the Engine's own address."""
+    assert _files_with(r"os\.environ|getenv", MODULES) == {"settings/resolve.py", "command/run.py", "host/engine.py"}
+
+
+def _files_with(pattern: str, files: list[Path]) -> set[str]:
+    return {str(file.relative_to(ROOT)) for file in files if re.search(pattern, file.read_text())}
+
+
+def _plain(file: Path) -> str:
+    """A template without its comments and expressions: the words that are written as they stand."""
+    return re.sub(r"\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", "", file.read_text(), flags=re.S)
+
+
+def test_templates_hold_words_and_no_shell():
+    """No backslash, quote, variable or operator of a shell in a template: quoting is done in one place, for all."""
+    found = {file.name: re.findall(r"[\\'\"`$|&;<>*?()~!#\[\]{}]", _plain(file)) for file in TEMPLATES}
+    assert {name: chars for name, chars in found.items() if chars} == {}
+
+
+def test_templates_have_one_flag_a_line():
+    """One flag per line, with its value, but for short commands that are a line: a diff is a diff of flags."""
+    lines = [line for file in TEMPLATES for line in _plain(file).splitlines()]
+    several = [line for line in lines if len(re.findall(r"(?:^|\s)--?[a-z]", line)) > 1]
+    whole = ("nvidia-smi", "docker image inspect", "docker run --rm --entrypoint")
+    assert [line for line in several if not line.startswith(whole)] == []
+
+
+def test_no_template_knows_a_secret_or_the_role():
+    """Secrets go by name, and the wrapper is the same words for head and worker."""
+    assert _files_with(r"\b(HF_TOKEN|VLLM_API_KEY|role)\b", TEMPLATES) == set()
+
+
+def test_there_is_one_docker_run_of_a_node():
+    """The wrapper stands once in the repository."""
+    assert [file.name for file in TEMPLATES if "--device=/dev/infiniband" in file.read_text()] == ["ray_container.j2"]

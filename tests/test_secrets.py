@@ -1,0 +1,97 @@
+"""Secrets travel by name: no value of one is printed, in an argv, or said back, however wrong it was given."""
+
+import os
+import re
+
+import pytest
+
+from settings import models
+
+HF, KEY = "hf_marker7", "sk_marker7"
+SECRETS = {"HF_TOKEN": HF, "VLLM_API_KEY": KEY}
+LINES = [
+    "--dry build-image",
+    "--dry head",
+    "--dry worker",
+    "--dry stop",
+    "--dry health",
+    "--dry cleanup",
+    *(f"--dry {task} --model {name}" for task in ("head", "worker", "launch") for name in models.known()),
+    *(f"plan --model {name}" for name in models.known()),
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_no_secret_is_printed(line, inv):
+    """Neither standard output nor standard error of any task has a secret's value in it."""
+    said = inv(line, **SECRETS)
+    assert said.code == 0 and "marker7" not in said.out + said.err
+
+
+def test_no_secret_of_dotenv_is_printed(inv, env_file):
+    """A secret in .env is named with its origin, and no more."""
+    env_file.write_text(f"HF_TOKEN={HF}\nVLLM_API_KEY='{KEY}'\n")
+    said = inv("plan --model nemotron")
+    assert "marker7" not in said.out + said.err
+    assert {"HF_TOKEN set (.env)", "VLLM_API_KEY set (.env)"} <= set(said.err.splitlines())
+
+
+def test_the_nodes_containers_get_no_secret(inv):
+    """The words HF_TOKEN and VLLM_API_KEY are not even named to `docker run`."""
+    for task in ("head", "worker"):
+        out = inv(f"--dry {task} --model nemotron", **SECRETS).out
+        assert "HF_TOKEN" not in out and "API_KEY" not in out
+
+
+def test_the_server_takes_its_secrets_by_name(inv):
+    """`docker exec` is told the names alone, and a pasted line stops where one that is required is missing."""
+    out = inv("--dry launch --model nemotron", **SECRETS).out
+    serve = out[out.index(': "${HF_TOKEN:?}"\n: "${VLLM_API_KEY:?}"\ndocker exec') :]
+    assert re.findall(r"^  -e (.*) \\$", serve, re.M) == ["HF_TOKEN", "VLLM_API_KEY"]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("broken", ["marker7\n", "mar\x1bker7", "marker7\udcff"], ids=ascii)
+def test_a_malformed_secret_is_not_said_back(name, broken, inv):
+    """A refusal of a secret names it and its origin; what it got stays unsaid."""
+    said = inv("--dry launch --model nemotron", **{name: broken})
+    assert said.code and said.out == "" and "ker7" not in said.err
+    assert f"{name} (shell)" in said.err
+
+
+@pytest.mark.parametrize("line", [f"VLLM_API_KEY: {KEY}", f'VLLM_API_KEY="{KEY}', KEY, f"{KEY} {HF}"])
+def test_a_malformed_line_of_dotenv_is_not_said_back(line, inv, env_file):
+    """A line that cannot be read may be half a secret."""
+    env_file.write_text(f"{line}\n")
+    said = inv("--dry launch --model nemotron")
+    assert said.code and said.out == "" and "marker7" not in said.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"--api-key {KEY}",
+        f"--api_key={KEY}",
+        f"--seed 1 '--api-ke' {KEY}",
+        f"--hf-token {HF}",
+        f"--hf-t {HF}",
+    ],
+)
+def test_a_secret_among_the_extra_words_is_refused_and_not_said_back(words, inv):
+    """A key on the server's command line could be read in `ps`: SERVE_EXTRA refuses it, without repeating it."""
+    said = inv("--dry launch --model nemotron", SERVE_EXTRA=words)
+    assert said.code and said.out == "" and "SERVE_EXTRA (shell)" in said.err
+    assert "marker7" not in said.err
+
+
+def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
+    """The program that runs has the secrets of .env in its environment and none in its words."""
+    (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >>"$SEEN.argv"\nenv >>"$SEEN.env"\necho said\n')
+    (tmp_path / "docker").chmod(0o755)
+    operator.setenv("SEEN", str(tmp_path / "seen"))
+    env_file.write_text(f"HF_TOKEN={HF}\nVLLM_API_KEY={KEY}\n")
+    operator.setattr("cluster.guards.before_launch", lambda settings: None)
+    said = inv("launch --model nemotron", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "marker7" not in said.out + said.err
+    assert "marker7" not in (tmp_path / "seen.argv").read_text()
+    assert {f"HF_TOKEN={HF}", f"VLLM_API_KEY={KEY}"} <= set((tmp_path / "seen.env").read_text().splitlines())

@@ -1,0 +1,305 @@
+"""Settings: who has the last word, what each may look like, and how a refusal or a doubt is said."""
+
+import os
+
+import pytest
+from invoke import Exit
+
+from settings import models, resolve
+
+
+@pytest.fixture
+def settle(operator):
+    """Settles the settings of one run: settle("nemotron", {"MAX_MODEL_LEN": "1M"}, PORT="1")."""
+
+    def settled(model: str | None = "nemotron", flags: dict | None = None, **shell: str) -> resolve.Settings:
+        return resolve.load(models.find(model) if model else None, flags, {**os.environ, **shell})
+
+    return settled
+
+
+@pytest.mark.parametrize(
+    ("flag", "shell", "dotenv", "value", "origin"),
+    [
+        ("1", "2", "3", "1", "flag --max-len"),
+        (None, "2", "3", "2", "shell"),
+        (None, None, "3", "3", ".env"),
+        (None, None, None, "1048576", "nemotron/120b.env"),
+    ],
+)
+def test_the_last_word(flag, shell, dotenv, value, origin, settle, env_file):
+    """A flag beats the shell, the shell beats .env, .env beats the profile."""
+    env_file.write_text(f"MAX_MODEL_LEN={dotenv}\n" if dotenv else "")
+    settings = settle("nemotron", {"MAX_MODEL_LEN": flag}, **({"MAX_MODEL_LEN": shell} if shell else {}))
+    assert (settings["MAX_MODEL_LEN"], settings.origin("MAX_MODEL_LEN")) == (value, origin)
+
+
+def test_a_profile_beats_the_default_and_the_default_is_last(settle):
+    """A profile may say what the project's default says otherwise; what nobody says is absent."""
+    assert settle("rehearsal")["VLLM_IMAGE"] == "rehearsal/vllm-ray"
+    assert settle("nemotron").origin("VLLM_IMAGE") == "default"
+    assert "NCCL_IB_GID_INDEX" not in settle("nemotron")
+
+
+def test_what_did_not_come_from_the_profile_is_said_with_its_origin(inv, env_file):
+    """A run begins with a line for each value of flag, shell and .env, and for no other."""
+    env_file.write_text("PORT=8001\nMOE_BACKEND=\nHF_TOKEN=hf_marker\n")
+    err = inv("--dry launch --model nemotron --max-len 256k", SYSFS="/sys", SERVED_NAME="mine").err
+    assert err.splitlines() == [
+        "HF_TOKEN set (.env)",
+        "MAX_MODEL_LEN = 256000 (flag --max-len)",
+        "MOE_BACKEND = (empty) (.env)",
+        "PORT = 8001 (.env)",
+        "SERVED_NAME = mine (shell)",
+        "SYSFS = /sys (shell)",
+    ]
+
+
+@pytest.mark.parametrize("where", ["shell", "dotenv"])
+def test_set_but_empty_is_a_value(where, settle, env_file):
+    """An empty value is the operator's word, in the shell and in .env: it does not let the profile's through."""
+    env_file.write_text("MOE_BACKEND=\n" if where == "dotenv" else "MOE_BACKEND=triton\n")
+    assert settle(**({"MOE_BACKEND": ""} if where == "shell" else {}))["MOE_BACKEND"] == ""
+
+
+REFUSED = {
+    "GPU_MEM_UTIL": [
+        "inf",
+        "nan",
+        "0,85",
+        "1e0",
+        "abc",
+        "-1",
+        "+0.5",
+        "",
+        "0",
+        "0.0",
+        "1.01",
+        " 0.5",
+        "0.5 ",
+        "\u0660.\u0665",
+    ],
+    "GPU_MEM_UTIL_MAX": ["", "2", "-0.1", "1e0"],
+    "MAX_MODEL_LEN": ["", "0", "-1", "1.5M", "1T", "1 M", "1e6", "auto", "K", "0x10", "\u0661"],
+    "MAX_NUM_SEQS": ["0", "-1", "4.0", "four", "1K"],
+    "MAX_NUM_BATCHED_TOKENS": ["0", "-1", "x"],
+    "CUDAGRAPH_CAPTURE_SIZE": ["0", "-128"],
+    "TP_SIZE": ["", "0", "two", "-2", "2 "],
+    "PP_SIZE": ["", "0"],
+    "PORT": ["", "0", "65536", "-1", "80a", "8000/tcp", "99999999999999999999999"],
+    "OBJECT_STORE_MEMORY": ["", "0", "1G"],
+    "WAIT_HEAD_S": ["", "-1", "1.5", "soon"],
+    "NCCL_IB_GID_INDEX": ["-1", "a"],
+    "HEAD_NODE_IP": ["", "spark-1", "10.0.0", "10.0.0.256", "10.0.0.1:6379", "-1.2.3.4", "010.0.0.1"],
+    "VLLM_HOST_IP": ["", "localhost"],
+    "WORKER_IP": ["", "10.0.0.2,", "10.0.0.2 10.0.0.3", "spark-2"],
+    "HOST": ["", "localhost", "*", "-1"],
+    "PRIMARY_IF": ["", "a b", "eth0,eth1", "../eth0", "x" * 16, "é"],
+    "DATA_IFS": ["eth0,", "eth0 eth1", ",", "a;b"],
+    "RDMA_HCAS": ["mlx5_0:1", ",", "a b"],
+    "VLLM_IMAGE": ["", "-it", "--privileged", "a b", "$(id)", "a;b", "é"],
+    "BASE_IMAGE": ["", "--network=host"],
+    "TAG": ["", "-t"],
+    "RAY_VERSION": ["", "2.60 ", "latest;", "-1"],
+    "CACHE_DIR": ["", "relative", "/a:b", "/a:/b:ro"],
+    "HF_CACHE": ["", ".", "/x:/y"],
+    "INCLUDE_DASHBOARD": ["true", "2", "yes"],
+    "ENABLE_EAGER": ["true", "2", "on", " 1"],
+    "MODEL_CKPT": ["", "-x", "--api-key"],
+    "SERVED_NAME": ["", "-x"],
+    "PARSER_REVISION": ["", "--help"],
+    "MOE_BACKEND": ["-x", "--trust-remote-code"],
+    "REASONING_PARSER": ["--x"],
+    "NCCL_DEBUG": ["-x"],
+    "SERVE_EXTRA": ["'", '--a "b', "x\\"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_value_of_the_wrong_form_is_refused_in_a_sentence(name, settle):
+    """A refusal names the setting, where it came from, what it got and what it takes."""
+    for value in REFUSED[name]:
+        with pytest.raises(Exit) as refusal:
+            settle(**{name: value})
+        said = refusal.value.message
+        assert said.startswith(f"{name} (shell) is {value!r}; it takes ") and said.endswith(".")
+        assert said.count("\n") == 0 and refusal.value.code
+
+
+TAKEN = {
+    "GPU_MEM_UTIL": {"0.85": "0.85", ".5": ".5", "0.7": "0.7"},
+    "MAX_MODEL_LEN": {"1M": "1048576", "1m": "1000000", "256K": "262144", "256k": "256000", "007": "7"},
+    "PORT": {"1": "1", "65535": "65535", "08000": "8000"},
+    "TP_SIZE": {"16": "16"},
+    "HOST": {"::": "::", "::1": "::1", "127.0.0.1": "127.0.0.1"},
+    "WORKER_IP": {"10.0.0.2,10.0.0.3": "10.0.0.2,10.0.0.3"},
+    "VLLM_IMAGE": {
+        "nvcr.io/nvidia/vllm:26.05-py3": "nvcr.io/nvidia/vllm:26.05-py3",
+        "a:5/b@sha256:0": "a:5/b@sha256:0",
+    },
+    "CACHE_DIR": {"~/c": "/home/operator/c", "/a b": "/a b", "/$HOME": "/$HOME"},
+    "INCLUDE_DASHBOARD": {"1": "1", "0": "", "": ""},
+    "RDMA_HCAS": {"": "", "mlx5_0": "mlx5_0", "a,b": "a,b"},
+    "SERVED_NAME": {"a b": "a b", "a-b": "a-b"},
+    "WAIT_HEAD_S": {"0": "0"},
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_value_of_the_right_form_is_read_to_this(name, settle):
+    """What is taken stands in one canonical form: numbers as digits, tokens counted out, ~ as the home folder."""
+    assert {value: settle(**{name: value})[name] for value in TAKEN[name]} == TAKEN[name]
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\udcff"], ids=ascii)
+def test_control_characters_are_refused_everywhere(char, settle):
+    """No value breaks a line, moves the cursor of who reads it, or is no text at all; the sentence shows it escaped."""
+    for name in ("SERVED_NAME", "CACHE_DIR", "VLLM_FORWARD_VARS", "SERVE_EXTRA", "HF_TOKEN", "PORT"):
+        with pytest.raises(Exit) as refusal:
+            settle(**{name: f"/a{char}b"})
+        assert refusal.value.message.startswith(f"{name} (shell) is ") and refusal.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("line", "origin"),
+    [
+        ("--dry launch --model nemotron --max-len 'a lot'", "MAX_MODEL_LEN (flag --max-len)"),
+        ("plan --model nemotron --max-len 'a lot'", "MAX_MODEL_LEN (flag --max-len)"),
+        ("--dry worker --head-ip 'a lot'", "HEAD_NODE_IP (flag --head-ip)"),
+        ("--dry build-image --base-image 'a lot'", "BASE_IMAGE (flag --base-image)"),
+        ("--dry build-image --tag 'a lot'", "TAG (flag --tag)"),
+        ("--dry head", "PORT (.env)"),
+    ],
+)
+def test_a_refusal_names_flag_or_file(line, origin, inv, env_file):
+    """The operator is told which of their words it was, flag by flag and in .env."""
+    env_file.write_text("PORT=a lot\n" if origin.endswith("(.env)") else "")
+    said = inv(line)
+    assert said.code and said.out == "" and said.err.startswith(f"{origin} is 'a lot'; it takes ")
+
+
+def test_more_memory_than_the_host_can_give_is_refused(settle):
+    """GPU_MEM_UTIL is at most GPU_MEM_UTIL_MAX, which may be moved on purpose."""
+    with pytest.raises(Exit, match=r"^GPU_MEM_UTIL \(shell\) is 0.86; .* GPU_MEM_UTIL_MAX, which is 0.85 \(default\)"):
+        settle(GPU_MEM_UTIL="0.86")
+    assert settle(GPU_MEM_UTIL="0.86", GPU_MEM_UTIL_MAX="0.9")["GPU_MEM_UTIL"] == "0.86"
+    with pytest.raises(Exit, match=r"^GPU_MEM_UTIL \(nemotron/120b.env\) is 0.75; .* 0.7 \(shell\)"):
+        settle(GPU_MEM_UTIL_MAX="0.7")
+
+
+# --- .env ---
+
+
+def test_nothing_in_dotenv_is_expanded(settle, env_file):
+    """`${X}` stays as it stands: one setting does not depend on another's, or on the shell's."""
+    env_file.write_text('SERVED_NAME="${HOME}-$(id)"\nCACHE_DIR=/$USER\n')
+    settings = settle()
+    assert (settings["SERVED_NAME"], settings["CACHE_DIR"]) == ("${HOME}-$(id)", "/$USER")
+
+
+def test_dotenv_reads_quotes_comments_and_exports(settle, env_file):
+    """What people write in such files is read as they mean it; the last line of a name counts."""
+    env_file.write_text("# ours\nexport PORT=1 # first\nPORT=2\nSERVED_NAME='a # b'\n\nHEAD_NODE_IP = 10.1.1.1\n")
+    settings = settle()
+    assert (settings["PORT"], settings["SERVED_NAME"], settings["HEAD_NODE_IP"]) == ("2", "a # b", "10.1.1.1")
+
+
+@pytest.mark.parametrize("line", ["PORT", "PORT: 8000", "a b c", 'PORT="8000', "= 1"])
+def test_a_malformed_line_is_named(line, settle, env_file):
+    """A line of .env that is no NAME=value is an error with its number, and is not shown: it may hold a secret."""
+    env_file.write_text(f"HOST=::\n{line}\n")
+    with pytest.raises(Exit, match=r"site.env, line 2: expected NAME=value\.$"):
+        settle()
+
+
+def test_a_dotenv_that_is_no_text_is_refused(settle, env_file):
+    """Undecodable bytes end in a sentence, not in a traceback."""
+    env_file.write_bytes(b"SERVED_NAME=\xff\n")
+    with pytest.raises(Exit, match=r"site.env cannot be read: "):
+        settle()
+
+
+def test_an_env_file_that_is_not_there_is_refused(settle):
+    """ENV_FILE names a file, or nothing for none; a typing error is not read as none."""
+    with pytest.raises(Exit, match=r"ENV_FILE \(shell\) is '/no/such/file'; it takes a file that exists"):
+        settle(ENV_FILE="/no/such/file")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("HEAD_NODE_IPS", "HEAD_NODE_IP"), ("MAX_MODEL_LENGTH", "MAX_MODEL_LEN"), ("COLOUR", None)]
+)
+def test_an_unknown_name_in_dotenv_is_a_note_with_the_nearest(name, near, settle, env_file):
+    """A name that nobody knows is not silently nothing."""
+    env_file.write_text(f"{name}=1\n")
+    hint = f" (did you mean {near}?)" if near else ""
+    assert settle().notes == (f".env sets {name}, which nothing knows{hint}.",)
+
+
+def test_a_knob_of_another_model_in_dotenv_is_known(settle, env_file):
+    """One .env serves all models: a knob that this one lacks is no mistake."""
+    env_file.write_text("ENABLE_PREFIX_CACHING=0\nENABLE_MTP=1\nVLLM_FORWARD_VARS=MINE\nMINE=1\n")
+    assert settle("nemotron").notes == settle("qwen-30b").notes == ()
+
+
+def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
+    """`ENABLE_MTP=1 inv launch --model qwen-30b` does nothing, and says so."""
+    assert settle("qwen-30b", ENABLE_MTP="1").notes == (
+        "ENABLE_MTP is set in the shell, but this run does not use it.",
+    )
+
+
+@pytest.mark.parametrize(("mode", "noted"), [(0o600, False), (0o640, True), (0o604, True)])
+@pytest.mark.parametrize("text", ["HF_TOKEN=hf_marker\n", "VLLM_API_KEY=sk_marker\n"])
+def test_a_dotenv_with_a_secret_is_for_its_owner(mode, noted, text, settle, env_file):
+    """Where others can read a secret the operator gets the chmod to type; without a secret nothing is said."""
+    env_file.write_text(text)
+    env_file.chmod(mode)
+    said = settle().notes
+    assert said == ((f"{env_file} holds a secret and others can read it: chmod 600 {env_file}",) if noted else ())
+    env_file.write_text("PORT=1\n")
+    assert settle().notes == ()
+
+
+# --- Profiles ---
+
+
+@pytest.fixture
+def profile(operator, tmp_path, settle):
+    """Settles a profile of these words, beside nemotron's templates."""
+
+    def settled(text: str, **shell: str) -> resolve.Settings:
+        folder = tmp_path / "mine"
+        folder.mkdir(exist_ok=True)
+        (folder / "8b.env").write_text(text)
+        operator.setattr(models, "ROOT", tmp_path)
+        operator.setattr(models.Model, "serve", "qwen/serve.j2")
+        return resolve.load(models.Model("mine", "8b", "mine"), {}, {"ENV_FILE": "", **shell})
+
+    return settled
+
+
+QWEN = """MODEL_CKPT=a/b\nSERVED_NAME=x\nTP_SIZE=2\nMAX_MODEL_LEN=64K\nGPU_MEM_UTIL=0.5\nMAX_NUM_SEQS=
+MAX_NUM_BATCHED_TOKENS=\nENABLE_PREFIX_CACHING=\nENABLE_TRUST_REMOTE_CODE=\nREASONING_PARSER=\nTOOL_CALL_PARSER=\n"""
+
+
+def test_a_whole_profile_is_taken(profile):
+    """A profile says each name that its template uses, and may say the core settings."""
+    assert profile(QWEN + "VLLM_IMAGE=mine:1\n")["VLLM_IMAGE"] == "mine:1"
+
+
+def test_an_unknown_key_in_a_profile_is_an_error(profile):
+    """A typing error in a profile names file, key and the nearest that there is."""
+    with pytest.raises(Exit, match=r"mine/8b.env sets MAX_NUM_SEQ, .* \(did you mean MAX_NUM_SEQS\?\)"):
+        profile(QWEN + "MAX_NUM_SEQ=4\n")
+
+
+def test_a_key_that_a_profile_lacks_is_an_error(profile):
+    """A template never meets a name without a value: the file that should say it is named."""
+    with pytest.raises(Exit, match=r"mine/8b.env lacks SERVED_NAME, TP_SIZE, which "):
+        profile(QWEN.replace("SERVED_NAME=x\nTP_SIZE=2\n", ""))
+
+
+def test_a_value_of_the_wrong_form_in_a_profile_names_the_file(profile):
+    """A profile is held to the same forms as the operator."""
+    with pytest.raises(Exit, match=r"^TP_SIZE \(.*mine/8b.env\) is 'two'; it takes a whole number"):
+        profile(QWEN.replace("TP_SIZE=2", "TP_SIZE=two"))

@@ -1,0 +1,170 @@
+"""What is printed is what runs: pasted into a real bash, it starts exactly the words and variables of its commands."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from invoke import Exit
+
+from cluster import health, image, leftovers, plan, server
+from command import template
+from command.run import Command
+from settings import models, resolve
+from settings.resolve import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+STUB = """#!/bin/sh
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; env -0; printf '\\1\\0'; } >>"$CALLS"
+echo said
+"""
+KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker"}
+TEXTS = (
+    *("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "MODEL_CKPT", "SERVED_NAME", "QUANTIZATION", "KV_CACHE_DTYPE"),
+    *("MAMBA_SSM_DTYPE", "MOE_BACKEND", "REASONING_PARSER", "TOOL_CALL_PARSER", "PARSER_REVISION", "MINE"),
+)
+HOSTILE = [
+    " two  words ",
+    "a'b\"c\\d \\",
+    "$(touch pwned) `touch pwned`",
+    "a; touch pwned & touch pwned | tee pwned >pwned",
+    "~root/*",
+    "$HOME ${HOME} * ?[a-z] {a,b}",
+    "#no A=b#c !! !$ %s {{ 7 * 7 }} {% raw %} {# no #}",
+    "é 漢字 🎉 \u00a0" + "x" * 1000,
+]
+
+
+@pytest.fixture
+def stubs(operator, tmp_path) -> Path:
+    """A folder of programs that only write down how they were called, first on the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("docker", "mkdir", "nvidia-smi"):
+        (folder / name).write_text(STUB)
+        (folder / name).chmod(0o755)
+    operator.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    operator.setenv("CALLS", str(tmp_path / "calls"))
+    return folder
+
+
+@pytest.fixture
+def calls(stubs, tmp_path) -> Callable[[], list[tuple[list[str], dict[str, str]]]]:
+    """What the stubs were called with since the last time: words and environment of each call."""
+
+    def read() -> list[tuple[list[str], dict[str, str]]]:
+        parts = (tmp_path / "calls").read_text().split("\1\0")[:-1]
+        (tmp_path / "calls").unlink()
+        seen = [part.split("\0")[:-1] for part in parts]
+        return [
+            (words, dict(item.split("=", 1) for item in env)) for words, env in zip(seen[::2], seen[1::2], strict=True)
+        ]
+
+    return read
+
+
+@pytest.fixture
+def pasted(stubs, tmp_path) -> Callable[[str], None]:
+    """Pastes text into a real bash, in a folder that must stay empty."""
+
+    def paste(text: str) -> None:
+        nowhere = tmp_path / "nowhere"
+        nowhere.mkdir(exist_ok=True)
+        subprocess.run(["bash"], input=text.encode(), cwd=nowhere, check=True, env={**os.environ, **KEYS})
+        assert list(nowhere.iterdir()) == []
+
+    return paste
+
+
+def _settings(model: str | None, sysfs: Path, **shell: str) -> Settings:
+    environment = {**os.environ, "SYSFS": str(sysfs), **shell}
+    return resolve.load(models.find(model) if model else None, {}, environment)
+
+
+def _check(commands: list[Command], seen: list[tuple[list[str], dict[str, str]]]) -> None:
+    assert [words for words, _ in seen] == [command.words for command in commands]
+    for command, (_, env) in zip(commands, seen, strict=True):
+        assert env | dict(command.env) == env
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: value[:20])
+def test_hostile_values_reach_the_programs_as_they_are(value, inv, pasted, calls, sysfs):
+    """Every setting that takes text takes any text, and bash hands it to docker unchanged, as one word."""
+    shell = dict.fromkeys(TEXTS, value)
+    shell |= {"CACHE_DIR": f"/{value}", "SERVE_EXTRA": shlex.join(["--x", value, ""]), "VLLM_FORWARD_VARS": "MINE"}
+    pasted(inv("plan --model nemotron", **shell).out)
+    seen = calls()
+    _check(plan.commands(_settings("nemotron", sysfs(), **shell)), seen)
+    assert [env["MINE"] for words, env in seen if words[:2] == ["docker", "run"]] == [value, value]
+    (serve,) = (words for words, _ in seen if "vllm" in words)
+    assert serve[serve.index("vllm") : serve.index("--host")] == ["vllm", "serve", value, "--served-model-name", value]
+    assert serve[-3:] == ["--x", value, ""]
+
+
+@pytest.mark.parametrize(
+    ("line", "commands"),
+    [("stop", [server.stop()]), ("cleanup", [leftovers.removal()]), ("health", [health.gpu(), health.gpu_inside()])],
+)
+def test_short_commands_paste_as_they_are(line, commands, inv, pasted, calls):
+    """The lines of stop, cleanup and health start one program each, and nothing around it."""
+    pasted(inv(f"--dry {line}").out)
+    _check(commands, calls())
+
+
+def test_build_image_runs_what_it_prints(inv, pasted, calls, sysfs):
+    """A real build-image and its dry text pasted start the same programs, with the same answers by name."""
+    pasted(inv("--dry build-image").out)
+    from_paste = calls()
+    assert inv("build-image").out == ""
+    assert [words for words, _ in calls()] == [words for words, _ in from_paste]
+    *asks, (build, env) = from_paste
+    command = image.build(_settings(None, sysfs()))
+    assert [words for words, _ in asks] == [template.words(lines) for lines in command.asks.values()]
+    assert build == command.words
+    assert env | dict.fromkeys(command.asks, "said") == env
+
+
+def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs):
+    """Launch starts what its dry text says, in that order: fetch, serve, follow."""
+    pasted(inv("--dry launch --model nemotron").out)
+    from_paste = calls()
+    with pytest.raises(Exit, match="The server has ended"):
+        server.launch(_settings("nemotron", sysfs(), **KEYS))
+    really = calls()
+    assert [words for words, _ in really] == [words for words, _ in from_paste]
+    assert [words[-1] for words, _ in really][2] == "bash"
+    for words, env in [*from_paste, *really][:2]:
+        assert {name: env[name] for name in KEYS if name in words} == {
+            name: KEYS[name] for name in KEYS if name in words
+        }
+
+
+def test_a_secret_that_is_missing_stops_the_paste(inv, stubs, calls):
+    """Pasted without the keys, a launch starts nothing: `: "${NAME:?}"` comes first."""
+    text = inv("--dry launch --model qwen-30b").out
+    done = subprocess.run(["bash"], input=text.encode(), stderr=subprocess.PIPE, check=False)
+    assert done.returncode and b"VLLM_API_KEY" in done.stderr
+    with pytest.raises(FileNotFoundError):
+        calls()
+
+
+def test_nothing_in_invokes_own_environment_changes_the_text(inv):
+    """Standard output is command lines only: no echo, no colour, no Invoke setting gets in."""
+    words = [sys.executable, "-m", "invoke", "--dry", "--echo", "stop"]
+    env = {**os.environ, "INVOKE_RUN_ECHO": "1", "INVOKE_RUN_ECHO_FORMAT": "\33[1m{command}", "INVOKE_RUN_PTY": "1"}
+    done = subprocess.run(words, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == inv("--dry stop").out
+
+
+def test_stop_with_nothing_to_stop_does_not_claim_to_have_killed(tmp_path):
+    """The script in the container is honest where no server was recorded, or the one recorded has ended by itself."""
+    pid = tmp_path / "pid"
+    for recorded in (None, "4194305"):  # no process: beyond the kernel's highest id
+        if recorded:
+            pid.write_text(recorded)
+        script = server.STOP.replace(server.PID, str(pid))
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert "killed" not in done.stderr
