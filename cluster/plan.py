@@ -12,7 +12,9 @@ from settings.resolve import Settings
 
 def commands(settings: Settings) -> list[Command]:
     """The command lines of a whole bring-up, one worker for each address in WORKER_IP."""
-    found = links.read(settings["SYSFS"]) or _documented()
+    found = links.read(settings["SYSFS"])
+    if not any(link.up for link in found):
+        found = _documented()
     planned = node.head(settings, node.network(settings, found, settings["HEAD_NODE_IP"]))
     for address in settings["WORKER_IP"].split(","):
         planned += node.worker(settings, node.network(settings, found, address))
@@ -23,7 +25,7 @@ def _documented() -> tuple[Link, ...]:
     """The links that .env.example names, as if both cables were in."""
     text = (ROOT / ".env.example").read_text()
     named = {name: re.search(rf"^#? ?{name}=(.+)$", text, re.MULTILINE)[1].split(",") for name in _EXAMPLE}
-    say("This machine has no RoCE device: the links are those that .env.example names.")
+    say("This machine has no RoCE device that is up: the links are those that .env.example names.")
     return tuple(Link(hca, netdev, True, "example") for hca, netdev in zip(*named.values(), strict=True))
 
 

@@ -73,7 +73,8 @@ def launch(settings: Settings) -> None:
 def _fetched(command: Command) -> None:
     run.say(command.text)
     try:
-        run.say(f"It is here, from commit {run.output(command, seconds=None).splitlines()[-1]}.")
+        said = run.output(command, seconds=None).splitlines()
+        run.say(f"It is here, from commit {said[-1] if said else 'unknown'}.")
     except Exit as error:
         raise Exit(
             f"The reasoning parser could not be fetched: {error.message}\nWithout it the server would not start. Mend "

@@ -57,8 +57,12 @@ def say(*lines: str) -> None:
 
 
 def show(*commands: Command) -> None:
-    """Print the commands to standard output, and nothing else."""
-    print("\n\n".join(command.text for command in commands), flush=True)
+    """Print the commands to standard output, and nothing else; a reader that has seen enough (`| head`) ends it."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        print("\n\n".join(command.text for command in commands), flush=True)
+    except OSError as error:
+        raise Exit(f"Standard output cannot be written: {error.strerror}.") from None
 
 
 def run(command: Command) -> None:
@@ -98,10 +102,21 @@ def become(command: Command) -> NoReturn:
 def following(command: Command) -> Iterator[subprocess.Popen]:
     """Run a command for as long as the block lasts; a hang-up or a SIGTERM ends it, and this process, in order."""
     say(command.text)
+    ended: list[int] = []
+    followed: list[subprocess.Popen] = []
+
+    def end(number: int, _: object) -> None:
+        ended.append(number)
+        if followed:
+            sys.exit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, end)
     with _start(command) as child:
         try:
+            followed.append(child)
+            if ended:
+                sys.exit(128 + ended[0])
             yield child
         finally:
             child.terminate()
@@ -152,5 +167,8 @@ def _not_started(command: Command, error: OSError) -> str:
 
 
 def _finish(command: Command, child: subprocess.Popen) -> None:
-    if status := child.wait():
-        raise Exit(f"{shlex.join(command.words[:3])} failed with status {status}.", code=abs(status))
+    status = child.wait()
+    if status < 0:
+        raise Exit(f"{shlex.join(command.words[:3])} was ended by {signal.Signals(-status).name}.", code=128 - status)
+    if status:
+        raise Exit(f"{shlex.join(command.words[:3])} failed with status {status}.", code=status)

@@ -43,7 +43,8 @@ def ipv4(netdev: str) -> str | None:
 def read(sysfs: str, address: Callable[[str], str | None] = ipv4) -> tuple[Link, ...]:
     """Every RoCE device below sysfs with its netdev, sorted by netdev; none where there is no class/infiniband."""
     found = Path(sysfs).glob("class/infiniband/*/device/net/*")
-    pairs = sorted((netdev.name, netdev.parts[-4]) for netdev in found)
+    pairs = [(netdev.name, netdev.parts[-4]) for netdev in found]
+    pairs.sort(key=lambda pair: pair[0].swapcase())  # enp1... before enP2p1..., as everybody lists them
     return tuple(Link(hca, netdev, _is_up(Path(sysfs), netdev), address(netdev)) for netdev, hca in pairs)
 
 
@@ -54,7 +55,9 @@ def exists(sysfs: str, netdev: str) -> bool:
 
 def remarks(found: Sequence[Link]) -> list[str]:
     """What a person should know about the links: a port that is down, or half a port."""
-    said = []
+    said: list[str] = []
+    if not any(link.up for link in found):
+        return said
     for port in sorted({link.port for link in found}):
         halves = [link for link in found if link.port == port]
         down = [link.netdev for link in halves if not link.up]

@@ -84,7 +84,7 @@ class Flow:
 
     def parse(self) -> None:
         """Ask the real parser about each model's whole line."""
-        if said := lines.refused(self.head, [lines.words(model) for model in models.known().values()]):
+        if said := lines.refused(self.head, IMAGE, [lines.words(model) for model in models.known().values()]):
             raise RehearsalError("\n".join(said))
 
     def launch(self) -> None:

@@ -34,9 +34,9 @@ def turns(model: Model) -> Iterator[dict[str, str]]:
             yield {name: "1" if gate else _TURNED_ON[name]}
 
 
-def refused(host: Host, lines: list[list[str]]) -> list[str]:
-    """What the vLLM in the host's running container refuses of these lines, with its own words."""
-    asked = ("docker", "exec", "-i", "node-ray", "python3", "-c", _PARSER.read_text())
+def refused(host: Host, image: str, lines: list[list[str]]) -> list[str]:
+    """What the vLLM in the image refuses of these lines, in its own words; the host's engine runs it."""
+    asked = ("docker", "run", "--rm", "-i", "--entrypoint", "python3", image, "-c", _PARSER.read_text())
     done = host.run(*asked, input=json.dumps(lines), stdin=None, timeout=300)
     if done.returncode:
         raise RehearsalError(f"vLLM's parser could not be asked: {done.stderr[-500:]}")

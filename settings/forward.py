@@ -9,7 +9,9 @@ from settings.names import looks_secret
 
 LIST = "VLLM_FORWARD_VARS"
 # This project's own: vLLM warns of VLLM_* names that it does not know.
-_PRIVATE = (LIST, "VLLM_IMAGE")
+_PRIVATE = (LIST, "VLLM_IMAGE", "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256")
+# A container has its own, or bash would not export them.
+_UNFIT = ("PATH", "HOME", "UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
 
 
 def choose(sources: Sequence[tuple[bool, Mapping[str, str]]]) -> tuple[list[str], list[str]]:
@@ -36,5 +38,7 @@ def _refuse(name: str) -> None:
             f"{LIST} lists {name}, which looks like a secret: everyone who may run `docker inspect` would read it. "
             "HF_TOKEN and VLLM_API_KEY reach the server by themselves; take it off the list."
         )
+    if name in _UNFIT:
+        raise Exit(f"{LIST} lists {name}, which every container has for itself; take it off the list.")
     if name in _PRIVATE:
         raise Exit(f"{LIST} lists {name}, which is this project's own and means nothing inside; take it off the list.")

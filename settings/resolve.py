@@ -16,10 +16,12 @@ from settings.names import CORE, FLAGS, SECRETS, form, nearest
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it came from: `flag --max-len`, `shell`, `.env`, a profile's path or `default`."""
+    """A value, the text it was read from, and where: `flag --max-len`, `shell`, `.env`, a profile or `default`."""
 
     value: str
+    text: str
     origin: str
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,9 @@ class Settings(Mapping[str, str]):
 
     def overridden(self) -> list[str]:
         """A line for each setting that came from neither profile nor default, with its origin; no secret's value."""
-        lines = []
-        for name, setting in sorted(self._found.items()):
-            if setting.origin.startswith(("flag", "shell", ".env")):
-                lines.append(
-                    f"{name} {'set' if name in SECRETS else '= ' + (setting.value or '(empty)')} ({setting.origin})"
-                )
-        return lines
+        own = [(name, setting) for name, setting in sorted(self._found.items()) if setting.own]
+        said = {name: "set" if name in SECRETS else f"= {at.value or at.text or '(empty)'}" for name, at in own}
+        return [f"{name} {said[name]} ({setting.origin})" for name, setting in own]
 
     def public(self) -> dict[str, str]:
         """What a template may see: everything but the secrets."""
@@ -123,16 +121,17 @@ def _profiles(model: Model | None) -> list[Source]:
 def _find(name: str, sources: list[Source], form: Form) -> Setting | None:
     for source in sources:
         if name in source.values:
-            return _read(name, source.values[name], source.origin, form)
+            return _read(name, source, form)
     return None
 
 
-def _read(name: str, text: str, origin: str, form: Form) -> Setting:
+def _read(name: str, source: Source, form: Form) -> Setting:
+    text = source.values[name]
     try:
-        return Setting(form.read(printable(text)), origin)
+        return Setting(form.read(printable(text)), text, source.origin, source.own)
     except ValueError as error:
         got = "not that" if name in SECRETS or isinstance(error, HoldsSecret) else repr(text)
-        raise Exit(f"{name} ({origin}) is {got}; it takes {form.takes}.") from None
+        raise Exit(f"{name} ({source.origin}) is {got}; it takes {form.takes}.") from None
 
 
 def _check_utilization(found: dict[str, Setting]) -> None:

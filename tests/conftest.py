@@ -3,6 +3,7 @@
 import difflib
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from invoke import Config, Context, Exit
 from invoke.parser import Parser
 
 import tasks
-from command import template
 from host import links
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +28,8 @@ SPARK = (
     ("roceP2p1s0f1", "enP2p1s0f1np1"),
 )
 
-# Hundreds of runs in one process: each would parse every template again to know its names.
-template.names = cache(template.names)
-
 # What `inv` makes anew for every line typed, made once.
-PARSER = Parser(contexts=tasks.ns.to_contexts())
+PARSERS = {task.name: Parser(contexts=[task]) for task in tasks.ns.to_contexts()}
 CONTEXTS = {dry: Context(Config(overrides={"run": {"dry": dry}})) for dry in (True, False)}
 
 
@@ -105,20 +102,30 @@ def inv(operator: pytest.MonkeyPatch, sysfs: Callable[..., Path], addresses: dic
     """Types `inv …` on a Spark whose links are all up, settings before it as in a shell: inv("stop", PORT="1")."""
 
     def typed(line: str, **shell: str) -> Said:
-        dry = line.startswith("--dry ")
-        (call,) = PARSER.parse_argv(shlex.split(line.removeprefix("--dry ")))
+        words = shlex.split(line.removeprefix("--dry "))
+        (call,) = PARSERS[words[0]].parse_argv(words)
         with pytest.MonkeyPatch.context() as now:
             for name, value in ({"SYSFS": str(sysfs())} | shell).items():
                 now.setenv(name, value)
             capfd.readouterr()
             try:
-                tasks.ns[call.name](CONTEXTS[dry], **call.as_kwargs)
+                tasks.ns[call.name](CONTEXTS[line.startswith("--dry ")], **call.as_kwargs)
             except Exit as error:
                 out, err = capfd.readouterr()
                 return Said(out, err + error.message, error.code)
         return Said(*capfd.readouterr(), 0)
 
     return typed
+
+
+@pytest.fixture(scope="session")
+def real_run() -> subprocess.CompletedProcess:
+    """One real `python -m invoke --dry …` of several tasks, from a sub-folder, with Invoke's own variables set."""
+    words = [sys.executable, "-X", "importtime", "-m", "invoke", "--echo", "--dry"]
+    words += ["build-image", "launch-nemotron", "stop", "health", "cleanup"]
+    env = {"PATH": os.environ["PATH"], "HOME": "/home/operator", "ENV_FILE": "", "INVOKE_RUN_ECHO": "1"}
+    env |= {"INVOKE_RUN_ECHO_FORMAT": "\33[1m{command}", "INVOKE_RUN_PTY": "1"}
+    return subprocess.run(words, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=True)
 
 
 @pytest.fixture

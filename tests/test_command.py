@@ -5,7 +5,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from invoke import Exit
@@ -13,8 +15,6 @@ from jinja2 import UndefinedError
 
 from command import run, template
 from command.run import Command
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -65,27 +65,45 @@ def test_text_is_what_bash_reads_back():
     assert done.stdout.split("\0")[:-1] == template.words(lines)[2:]
 
 
-def _python(script: str) -> subprocess.Popen:
-    """Starts a Python of its own, its output buffered as in a pipe, in which sh('…') is a command of a shell."""
-    head = "from command.run import *\ndef sh(text): return Command((('sh', '-c', text),))\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", head + script],
-        cwd=ROOT,
-        env={"PATH": os.environ["PATH"]},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+@contextmanager
+def _child(body: Callable[[], object]) -> Iterator[SimpleNamespace]:
+    """A process in a session of its own that does what body does, as `inv` would, its output buffered in a pipe."""
+    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+    if not (pid := os.fork()):
+        status = 1
+        try:
+            os.setsid()
+            os.dup2(its_out, 1), os.dup2(its_err, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - they live as long as the process
+            for end in (out, its_out, err, its_err):
+                os.close(end)
+            body()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    os.close(its_out), os.close(its_err)
+    with open(out) as said, open(err) as told:
+        yield SimpleNamespace(pid=pid, out=said, err=told, status=lambda: _status(pid))
+
+
+def _status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _sh(text: str) -> Command:
+    return Command((("sh", "-c", text),))
 
 
 def test_become_is_the_program():
     """The process id, standard output and exit status are the program's own, and it ignores no signal."""
     text = "echo $$; sh -c 'kill -PIPE $$'; echo $?; exit 7"
-    with _python(f"print('before')\nbecome(sh({text!r}))") as child:
-        out, err = child.communicate(timeout=10)
-    assert (out, child.returncode) == (f"before\n{child.pid}\n{128 + signal.SIGPIPE}\n", 7)
-    assert err == f"{shlex.join(['sh', '-c', text])}\n"
+    with _child(lambda: (print("before"), run.become(_sh(text)))) as child:
+        assert child.out.read() == f"before\n{child.pid}\n{128 + signal.SIGPIPE}\n"
+        assert child.err.read() == f"{shlex.join(['sh', '-c', text])}\n"
+        assert child.status() == 7
 
 
 def test_become_refuses_what_is_not_there():
@@ -140,25 +158,32 @@ def test_a_question_that_takes_too_long_is_a_sentence():
 
 def test_a_ctrl_c_waits_for_a_command_that_must_not_be_cut():
     """run_whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
-    script = "try: run_whole(sh('echo started; sleep 0.2; echo done'))\nexcept KeyboardInterrupt: print('interrupted')"
-    with _python(script) as child:
-        while child.stderr.readline() != "started\n":
+
+    def body() -> None:
+        try:
+            run.run_whole(_sh("echo started; sleep 0.2; echo done"))
+        except KeyboardInterrupt:
+            print("interrupted")
+
+    with _child(body) as child:
+        while child.err.readline() != "started\n":
             pass
         os.killpg(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=10)
-    assert (err, out, child.returncode) == ("done\n", "interrupted\n", 0)
+        assert (child.err.read(), child.out.read(), child.status()) == ("done\n", "interrupted\n", 0)
 
 
-def test_who_follows_a_log_ends_with_its_terminal():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_who_follows_a_log_ends_with_its_terminal(number):
     """following: a hang-up or a SIGTERM to us ends the follower too, and our status says which it was."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    started = [
-        _python("with following(sh('exec sleep 60')) as log: print(log.pid, flush=True); log.wait()") for _ in numbers
-    ]
-    for number, child in zip(numbers, started, strict=True):
-        with child:
-            follower = int(child.stdout.readline())
-            child.send_signal(number)
-            assert child.wait(timeout=10) == 128 + number
-        with pytest.raises(ProcessLookupError):
-            os.kill(follower, 0)
+
+    def body() -> None:
+        with run.following(_sh("exec sleep 60")) as log:
+            print(log.pid, flush=True)
+            log.wait()
+
+    with _child(body) as child:
+        follower = int(child.out.readline())
+        os.kill(child.pid, number)
+        assert child.status() == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(follower, 0)

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text()
-REAL = ("sh", "cmp", "cp", "env", "flock", "ln", "mkdir", "readlink", "rm", "sleep", "stat", "su")
+REAL = ("sh", "cmp", "cp", "env", "flock", "ln", "mkdir", "readlink", "rm", "sleep", "su")
 UPDATE = "apt-get update"
 INSTALL = "env DEBIAN_FRONTEND=noninteractive apt-get install -y python3-venv"
 
@@ -81,8 +81,9 @@ class Machine:
         file.chmod(0o755)
 
     def user(self, uid: int) -> None:
-        """Says who types."""
+        """Says who types; for root, the checkout is root's."""
         self.program("id", f"#!/bin/sh\necho {uid}\n")
+        self.program("stat", "#!/bin/sh\necho root\n")
 
     def says(self, fact: str) -> None:
         """Makes something true: python3 has `venv` or is `old`, the network is `slow` or `offline`."""
@@ -252,8 +253,9 @@ def shared() -> Iterator[Machine]:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can type for somebody else")
 def test_under_sudo_the_environment_is_the_users(shared: Machine):
     """Root in another's checkout leaves no file of root's there."""
-    (shared.folder / "bin/id").unlink()
-    (shared.folder / "bin/id").symlink_to(shutil.which("id"))
+    for name in ("id", "stat"):
+        (shared.folder / "bin" / name).unlink()
+        (shared.folder / "bin" / name).symlink_to(shutil.which(name))
     (shared.folder / "log").touch(mode=0o666)
     (shared.folder / "log").chmod(0o666)
     for path in (shared.checkout, *shared.checkout.iterdir()):

@@ -128,8 +128,8 @@ def test_a_node_that_differs_has_another_sha256(own, both):
 
 def test_what_the_containers_get_by_name(both):
     """Each node its own address and everything that the contract lists, with these values."""
-    links = "enP2p1s0f0np0,enP2p1s0f1np1,enp1s0f0np0,enp1s0f1np1"
-    hcas = "roceP2p1s0f0,roceP2p1s0f1,rocep1s0f0,rocep1s0f1"
+    links = "enp1s0f0np0,enp1s0f1np1,enP2p1s0f0np0,enP2p1s0f1np1"
+    hcas = "rocep1s0f0,rocep1s0f1,roceP2p1s0f0,roceP2p1s0f1"
     head, worker = (_exported(out) for out in both("--model nemotron"))
     for name in ("NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256"):
         assert head.pop(name) and worker.pop(name)

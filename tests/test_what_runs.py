@@ -3,7 +3,6 @@
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from command.run import Command
 from settings import models, resolve
 from settings.resolve import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
 STUB = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; env -0; printf '\\1\\0'; } >>"$CALLS"
 echo said
@@ -151,12 +149,10 @@ def test_a_secret_that_is_missing_stops_the_paste(inv, stubs, calls):
         calls()
 
 
-def test_nothing_in_invokes_own_environment_changes_the_text(inv):
-    """Standard output is command lines only: no echo, no colour, no Invoke setting gets in."""
-    words = [sys.executable, "-m", "invoke", "--dry", "--echo", "stop"]
-    env = {**os.environ, "INVOKE_RUN_ECHO": "1", "INVOKE_RUN_ECHO_FORMAT": "\33[1m{command}", "INVOKE_RUN_PTY": "1"}
-    done = subprocess.run(words, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == inv("--dry stop").out
+def test_nothing_in_invokes_own_environment_changes_the_text(inv, real_run):
+    """Standard output is command lines only: no echo, no colour, no setting or folder of Invoke's gets in."""
+    lines = ("build-image", "launch --model nemotron", "stop", "health", "cleanup")
+    assert real_run.stdout == "".join(inv(f"--dry {line}").out for line in lines)
 
 
 def test_stop_with_nothing_to_stop_does_not_claim_to_have_killed(tmp_path):

@@ -1,0 +1,56 @@
+"""`inv rehearse` as its user types it. These tests come before those that share one rig: one rehearsal at a time."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rehearsal import needs, sweep
+from rehearsal.hosts import INV
+
+pytestmark = pytest.mark.rehearsal
+
+
+@pytest.fixture(autouse=True)
+def able():
+    """Skip where rehearsals can't run, and leave none behind."""
+    if said := needs.missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
+    yield
+    sweep.take_down()
+
+
+def rehearse(*flags: str) -> subprocess.CompletedProcess:
+    """Type it, and wait for its end."""
+    done = subprocess.run([*INV, "rehearse", *flags], capture_output=True, text=True, timeout=1500, check=False)
+    sys.stderr.write(done.stderr[-3000:])
+    return done
+
+
+def test_the_whole_flow_is_green():
+    """The last list says so, step by step, and so does the exit status; standard output stays empty."""
+    done = rehearse()
+    marks = re.findall(r"^\[(.)\] ", done.stderr, re.M)
+    assert (done.returncode, done.stdout, marks) == (0, "", ["✓"] * 10)
+
+
+def test_kept_sparks_answer_as_it_says_and_go_when_told():
+    """--keep prints how to talk to them; the lines work as they are; --down takes them down."""
+    done = rehearse("--keep")
+    assert done.returncode == 0
+    for line, answer in (("docker ps", "node-ray"), ("/v1/models", '"tiny"')):
+        typed = next(said for said in done.stderr.splitlines() if said.startswith("  ip netns") and said.endswith(line))
+        told = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, timeout=60, check=True)
+        assert answer in told.stdout
+    second = rehearse()
+    assert second.returncode != 0 and "--down" in second.stderr
+    assert "It is down." in rehearse("--down").stderr
+
+
+@pytest.mark.parametrize("flags", [("--hosts", "3"), ("--hosts", "two")])
+def test_a_wrong_number_is_a_sentence(flags):
+    """Before anything is touched."""
+    done = rehearse(*flags)
+    assert done.returncode != 0 and "it takes 1, 2, 4" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,78 @@
+"""The reasoning parser's file is there whole or not at all, from a commit that is named. A stand-in for the model's
+repository answers on the head's own address, so the real `hf download` does the fetching."""
+
+import subprocess
+import sys
+
+import pytest
+from operating import KEY, inv, serving
+
+pytestmark = pytest.mark.rehearsal
+COMMIT, WHOLE = "c" * 40, b"# a parser\n" * 999
+REPOSITORY = f"""
+import http.server, sys
+whole, cut = {WHOLE!r}, "cut" in sys.argv
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200)
+        for name, value in (("ETag", '"{"e" * 40}"'), ("X-Repo-Commit", "{COMMIT}"), ("Content-Length", len(whole))):
+            self.send_header(name, str(value))
+        self.end_headers()
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(whole[:99] if cut else whole)
+        self.close_connection = True
+server = http.server.ThreadingHTTPServer(("10.0.0.1", 8999), Answer)
+print("up", flush=True)
+server.serve_forever()
+"""
+ENV = {
+    "TP_SIZE": "1",
+    "HF_TOKEN": "hf-marker",
+    "VLLM_API_KEY": KEY,
+    "VLLM_FORWARD_VARS": "HF_ENDPOINT",
+    "HF_ENDPOINT": "http://10.0.0.1:8999",
+}
+
+
+@pytest.fixture
+def launch(sparks, terminal):
+    """Launches nemotron on one stand-in Spark; what it said, and the parser's file if there is one."""
+    terminal(sparks[0], "head", "--model", "nemotron", **ENV).until("Ray runtime started")
+
+    def type_it(timeout: int = 120):
+        done = inv(sparks[0], "launch", "--model", "nemotron", **ENV)
+        return done.stderr, list((sparks[0].cache / "huggingface/parsers").rglob("super_v3_reasoning_parser.py"))
+
+    return type_it
+
+
+@pytest.fixture
+def repository(sparks):
+    """Starts the model's repository; with "cut" it breaks off in the middle of a file."""
+    started = []
+
+    def start(*words: str):
+        started.append(sparks[0].popen(sys.executable, "-c", REPOSITORY, *words, stdout=subprocess.PIPE))
+        started[-1].stdout.readline()
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, sparks):
+    """The resolved commit is printed and the file is whole."""
+    repository()
+    said, files = launch()
+    assert f"It is here, from commit {COMMIT}." in said
+    assert [file.read_bytes() for file in files] == [WHOLE]
+
+
+def test_cut_off_it_is_not_there_and_no_server_starts(launch, repository, sparks):
+    """A refusal with the two ways on."""
+    repository("cut")
+    said, files = launch()
+    assert "could not be fetched" in said and "Traceback" not in said
+    assert "REASONING_PARSER=nemotron_v3" in said and "ENABLE_REASONING_PARSER=0" in said
+    assert files == [] and not serving(sparks[0])
