@@ -1,5 +1,5 @@
 """The table of contents: what `inv` can do on each node. What a task says goes to standard error; command lines
-alone go to standard output."""
+alone go to standard output. What no dry run needs is imported where it is used."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ from invoke import Collection, Context, Exit, Task, task
 from cluster import guards, image, leftovers, node, server
 from cluster import health as looks
 from cluster import plan as planned
+from cluster import token as tokens
 from command import run
 from command.run import Command
 from host import links
@@ -18,6 +19,7 @@ verb = partial(task, auto_shortflags=False)
 
 MODEL = "the model, by the name of its profile: " + ", ".join(models.known())
 START = "a model whose variables are forwarded and whose image is used"
+ALLOW = "rules to pass over, comma separated; each finding names its own"
 MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 256k (256000)"
 
 
@@ -47,14 +49,53 @@ def worker(c: Context, model: str | None = None, head_ip: str | None = None) -> 
     _bring_up(c, node.worker(settings, net))
 
 
-@verb(help={"model": MODEL, "max-len": MAX_LEN})
-def launch(c: Context, model: str, max_len: str | None = None) -> None:
-    """Serve a model: start `vllm serve` in the head's container and follow its log; Ctrl-C stops it."""
+@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW})
+def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None) -> None:
+    """Serve a model: check every node, start `vllm serve` in the head's container, follow its log; Ctrl-C stops it."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
         return run.show(*server.commands(settings))
-    guards.before_launch(settings)
-    server.launch(settings)
+    from checks import inspection, report
+
+    allowed = report.rule_names(allow)
+    found = inspection.inspect(settings, guards.before_launch(settings))
+    report.tell(found, allowed)
+    server.launch(found.settings)
+
+
+@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "json": "for a machine, on standard output"})
+def check(c: Context, model: str, max_len: str | None = None, allow: str | None = None, json: bool = False) -> None:
+    """Find every disagreement between the nodes, and what does not fit, without loading anything."""
+    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    if c.config.run.dry:
+        return
+    from checks import inspection, report
+
+    allowed = report.rule_names(allow)
+    head = guards.the_head(settings)
+    guards.ray_answers(settings)
+    found = inspection.inspect(settings, head)
+    if json:
+        print(report.as_json(found))
+    report.tell(found, allowed)
+
+
+@verb(help={"csv": "a file to write the same to"})
+def memory(c: Context, csv: str | None = None) -> None:
+    """Print what every node has available, every two seconds, until Ctrl-C."""
+    settings = _settings(None)
+    if c.config.run.dry:
+        return
+    from checks import watch
+
+    watch.watch(guards.the_head(settings), settings, csv)
+
+
+@verb()
+def token(c: Context) -> None:
+    """Make Ray's token, a file that every node has to have: Ray then refuses whoever lacks it."""
+    if not c.config.run.dry:
+        tokens.make(_settings(None))
 
 
 @verb()
@@ -85,7 +126,11 @@ def cleanup(c: Context, yes: bool = False) -> None:
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
 def plan(c: Context, model: str, max_len: str | None = None) -> None:
     """Print what head, worker and launch would run on every node, touching nothing."""
-    run.show(*planned.commands(_settings(model, MAX_MODEL_LEN=max_len)))
+    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    from checks import inspection, report
+
+    report.foretell(inspection.foresee(settings))
+    run.show(*planned.commands(settings))
 
 
 @verb(help={
@@ -150,14 +195,14 @@ def _bring_up(c: Context, commands: list[Command]) -> None:
 def _launcher(model: models.Model) -> Task:
     """`launch-NAME`, for the model called NAME."""
 
-    @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN})
-    def launch_model(c: Context, max_len: str | None = None) -> None:
-        launch(c, model.name, max_len)
+    @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN, "allow": ALLOW})
+    def launch_model(c: Context, max_len: str | None = None, allow: str | None = None) -> None:
+        launch(c, model.name, max_len, allow)
 
     launch_model.__doc__ = f"The same as launch --model {model.name}."
     return launch_model
 
 
-ns = Collection(build_image, head, worker, launch, stop, health, cleanup, plan, rehearse, suite)
+ns = Collection(build_image, head, worker, launch, check, memory, token, stop, health, cleanup, plan, rehearse, suite)
 for each in models.known().values():
     ns.add_task(_launcher(each))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster import nodes, server
+from cluster import server, token
 from cluster.node import CONTAINER, RAY_PORT, Network
 from command.run import say
 from host import engine, ports
@@ -47,9 +47,9 @@ def before_worker(settings: Settings, net: Network) -> None:
     _wait_for_head(address, int(settings["WAIT_HEAD_S"]))
 
 
-def before_launch(settings: Settings) -> None:
-    """Refuse to load a model where the head, its variables, its ports or its nodes are not what the model needs."""
-    head = _head(settings)
+def before_launch(settings: Settings) -> Container:
+    """Refuse to load a model where the head, its variables or its ports are not what it needs; the head's container."""
+    head = the_head(settings)
     missing = [name for name in settings["REQUIRED_SECRETS"].split() if not settings.get(name)]
     if missing:
         raise Exit(f"{' and '.join(missing)} must be set for {settings.model.name}: in .env, or in the shell.")
@@ -59,15 +59,15 @@ def before_launch(settings: Settings) -> None:
     port = int(settings["PORT"])
     if not ports.is_free(settings["HOST"], port):
         raise Exit(f"PORT {port} is held by {ports.holder(port)}. Set another: PORT=8001 inv launch ...")
+    ray_answers(settings)
+    return head
+
+
+def ray_answers(settings: Settings) -> None:
+    """Refuse where Ray's port does not answer: whoever asks Ray itself would wait for minutes."""
     address = settings["HEAD_NODE_IP"]
     if not ports.answers(address, RAY_PORT):
         raise Exit(f"Ray does not answer at {address}:{RAY_PORT}. Look at the terminal of inv head; then: inv cleanup")
-    found = nodes.gpu_addresses(nodes.alive(head))
-    if len(found) < settings.world_size():
-        raise Exit(
-            f"{settings.model.name} needs {settings.world_size()} nodes with a GPU (TP_SIZE times PP_SIZE); "
-            f"Ray has {len(found)}: {', '.join(found) or 'none'}. On each that is missing: inv worker{_model(settings)}"
-        )
 
 
 def before_stop() -> None:
@@ -91,7 +91,8 @@ def running_node(what_next: str) -> Container:
     return found
 
 
-def _head(settings: Settings) -> Container:
+def the_head(settings: Settings) -> Container:
+    """The node's container, if it is the head's; raises Exit with where to go."""
     found = running_node(f"Type: inv head{_model(settings)}")
     env = engine.environment(found)
     if env.get("VLLM_HOST_IP") != env.get("MASTER_ADDR"):
@@ -125,6 +126,21 @@ def _engine_is_ready(settings: Settings) -> None:
     if not engine.has_image(settings["VLLM_IMAGE"]):
         raise Exit(
             f"Docker has no image {settings['VLLM_IMAGE']} ({settings.origin('VLLM_IMAGE')}). Type: inv build-image"
+        )
+    _ray_knows_tokens(settings)
+
+
+def _ray_knows_tokens(settings: Settings) -> None:
+    if not (path := token.file(settings)):
+        return say(
+            f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT} of this node, on every "
+            "interface. To close it: inv token"
+        )
+    ray = engine.labels(settings["VLLM_IMAGE"]).get("ray.version", "unknown")
+    if token.too_old(ray):
+        raise Exit(
+            f"There is a token ({path}), but the Ray of {settings['VLLM_IMAGE']} is {ray}, and tokens came with 2.52. "
+            "Type: inv build-image; or serve without one: RAY_AUTH_TOKEN_PATH=/none"
         )
 
 

@@ -1,12 +1,10 @@
 """An honest first look: Ray's nodes, the API, the GPU on the host and in the container; each part says its own."""
 
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 
 from invoke import Exit
 
-from cluster import guards, nodes
+from cluster import guards
 from cluster.node import CONTAINER
 from command import run, template
 from command.run import Command, say
@@ -45,12 +43,18 @@ def _part(name: str, ask: Callable[[], str]) -> bool:
 
 
 def _ray() -> str:
-    found = nodes.alive(guards.running_node("Type: inv head"))
-    return f"{len(found)} nodes: " + ", ".join(f"{node.address} ({node.gpus:.0f} GPU)" for node in found)
+    from checks import nodes
+
+    found = nodes.ask(guards.running_node("Type: inv head"))
+    return f"{len(found)} nodes: " + ", ".join(f"{node.address} ({node.ray_gpus:.0f} GPU)" for node in found)
 
 
 def _api(settings: Settings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings["HOST"], settings["HOST"])
+    # Imported here: it would slow every start of every task.
+    import urllib.error
+    import urllib.request
+
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings['PORT']}/health"
     try:
         # No proxy: this is our own machine.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from invoke import Exit
 
+from cluster import token
 from command import template
 from command.run import Command
 from host import links
@@ -18,6 +19,9 @@ RAY_PORT = 6379
 HF_CACHE = "/root/.cache/huggingface"
 LOGS = "/var/log/node-ray"
 IN_SHELL = 'exec "$@"'
+# What travels into the container about the container, to be compared across nodes.
+ABOUT = ("NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_IMAGE")
+_IMAGE = '{{.Id}} {{index .Config.Labels "org.opencontainers.image.base.digest"}}'
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,21 @@ def _ray(settings: Settings, net: Network) -> Mapping[str, str]:
 def _bring_up(role: str, ray: template.Lines, settings: Settings, net: Network) -> list[Command]:
     mounted = mounts(settings)
     env = environment(settings, net)
-    by_name = [*env, "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256"]
+    secret = {f"{token.INSIDE}:ro": str(file)} if (file := token.file(settings)) else {}
     wrapper = template.render(
-        "ray_container.j2", container=CONTAINER, mounts=mounted, by_name=by_name, **settings.public()
+        "ray_container.j2",
+        container=CONTAINER,
+        mounts=mounted | secret,
+        token=secret and token.INSIDE,
+        by_name=[*env, *ABOUT],
+        **settings.public(),
     )
-    line, sha256 = fingerprint(wrapper, mounted)
+    line, sha256 = fingerprint(wrapper, mounted | secret)
     env |= {"NODE_RAY_WRAPPER": line, "NODE_RAY_WRAPPER_SHA256": sha256}
     where = f"{role}, {net.address}"
     make = Command(template.render("cache_folders.j2", folders=list(dict.fromkeys(mounted.values()))), where)
-    return [make, Command(wrapper + ray, where, env)]
+    image = template.render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=_IMAGE)
+    return [make, Command(wrapper + ray, where, env, asks={"NODE_RAY_IMAGE": image})]
 
 
 def _listed(settings: Settings, name: str, otherwise: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The model's server: `vllm serve` in the head's container, detached, its log in a file that outlives the container."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from invoke import Exit
 
@@ -15,11 +16,16 @@ LOG = f"{node.LOGS}/serve.log"
 # Below /run, unlike the log: a process id means nothing in the next container.
 PID = "/run/vllm-serve.pid"
 
+# What each node had left at its lowest, by the memory guard.
+LOW = f"{node.LOGS}/memory-low.json"
+_GUARD = "/run/memory-guard.py"
+
 # `docker exec` passes no signal on and takes its output along when it dies, so the server gets a session, a log file
 # and a recorded process id of its own. setsid makes the id that of the whole process group.
 START = f'test -e {LOG} && mv {LOG} {LOG}.1; setsid "$@" </dev/null >{LOG} 2>&1 & echo $! >{PID}'
 FOLLOW = f"exec tail -n +1 -F --pid=$(cat {PID}) {LOG}"
 ALIVE = f"test -e {PID} && kill -0 -- -$(cat {PID})"
+GUARD = f'cat >{_GUARD}; setsid "$@" </dev/null >>{LOG} 2>&1 &'
 # `hf download` leaves a file whole or not at all, and the commit that it resolved beside it.
 FETCH = 'NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata'
 STOP = (
@@ -29,15 +35,29 @@ STOP = (
 )
 
 
+def values(settings: Settings) -> dict[str, str]:
+    """What a model's templates are rendered with."""
+    return settings.public() | {"hf_cache": node.HF_CACHE}
+
+
 def fetch(settings: Settings) -> list[Command]:
     """What has to be in the Hugging Face cache before the server starts, by the model's fetch.j2; often nothing."""
-    lines = template.render(settings.model.fetch, **_values(settings)) if settings.model.fetch else ()
+    lines = template.render(settings.model.fetch, **values(settings)) if settings.model.fetch else ()
     return [_inside(FETCH, lines, settings, ["HF_TOKEN"])] if lines else []
 
 
 def start(settings: Settings) -> Command:
     """The command that starts the server and comes back at once."""
-    return _inside(START, template.render(settings.model.serve, **_values(settings)), settings, SECRETS)
+    return _inside(START, template.render(settings.model.serve, **values(settings)), settings, SECRETS)
+
+
+def guard(settings: Settings) -> list[Command]:
+    """The command that starts the memory guard beside the server; nothing where MEM_ABORT_GIB is 0."""
+    least = settings["MEM_ABORT_GIB"]
+    if not float(least):
+        return []
+    lines = template.render("memory_guard.j2", script=_GUARD, pid=PID, low=LOW, least=least)
+    return [_inside(GUARD, lines, stdin=Path(__file__).with_name("memory_guard.py"))]
 
 
 def follow() -> Command:
@@ -52,7 +72,7 @@ def stop() -> Command:
 
 def commands(settings: Settings) -> list[Command]:
     """All that `launch` runs, in order."""
-    return [*fetch(settings), start(settings), follow()]
+    return [*fetch(settings), start(settings), *guard(settings), follow()]
 
 
 def launch(settings: Settings) -> None:
@@ -60,7 +80,8 @@ def launch(settings: Settings) -> None:
     for command in fetch(settings):
         _fetched(command)
     try:
-        run.run_whole(start(settings))
+        for command in (start(settings), *guard(settings)):
+            run.run_whole(command)
         with run.following(follow()) as log:
             log.wait()
     except KeyboardInterrupt:
@@ -83,13 +104,18 @@ def _fetched(command: Command) -> None:
         ) from None
 
 
-def _values(settings: Settings) -> dict[str, str]:
-    return settings.public() | {"hf_cache": node.HF_CACHE}
-
-
-def _inside(script: str, lines: Lines = (), settings: Settings | None = None, secrets: Sequence[str] = ()) -> Command:
+def _inside(
+    script: str,
+    lines: Lines = (),
+    settings: Settings | None = None,
+    secrets: Sequence[str] = (),
+    stdin: Path | None = None,
+) -> Command:
     """A command in the head's container, through a shell, that gets these secrets of the settings by name."""
-    outer = template.render("server_exec.j2", secrets=secrets, container=node.CONTAINER, script=script)
+    outer = template.render(
+        "server_exec.j2", secrets=secrets, reads=stdin is not None, container=node.CONTAINER, script=script
+    )
     required = settings["REQUIRED_SECRETS"].split() if settings else ()
     handed = {name: value for name, value in settings.secrets().items() if name in secrets} if settings else {}
-    return Command(outer + lines, "head", needs=[name for name in secrets if name in required], secrets=handed)
+    needs = [name for name in secrets if name in required]
+    return Command(outer + lines, "head", needs=needs, secrets=handed, stdin=stdin)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from invoke import Exit
@@ -21,7 +22,7 @@ class Command:
     """One command line and what it takes by name.
 
     `where` says on which node it runs, `env` what is exported for it, `asks` commands whose output is exported,
-    `needs` and `takes` the secrets that it must have and may have.
+    `needs` the secrets that it must have, `secrets` those that are handed on, `stdin` the file that it reads.
     """
 
     lines: Lines
@@ -30,6 +31,7 @@ class Command:
     asks: Mapping[str, Lines] = field(default_factory=dict)
     needs: Sequence[str] = ()
     secrets: Mapping[str, str] = field(default_factory=dict)
+    stdin: Path | None = None
 
     @property
     def words(self) -> list[str]:
@@ -43,7 +45,8 @@ class Command:
         said += [f"export {name}={shlex.quote(value)}" for name, value in self.env.items()]
         said += [f'export {name}="$({shlex.join(template.words(lines))})"' for name, lines in self.asks.items()]
         said += [f': "${{{name}:?}}"' for name in self.needs]
-        return "\n".join([*said, template.text(self.lines)])
+        read = f" \\\n  < {shlex.quote(str(self.stdin))}" if self.stdin else ""
+        return "\n".join([*said, template.text(self.lines) + read])
 
     def environ(self) -> dict[str, str]:
         """This process's environment with what the command takes by name."""
@@ -122,6 +125,12 @@ def following(command: Command) -> Iterator[subprocess.Popen]:
             child.terminate()
 
 
+def lines(command: Command) -> Iterator[str]:
+    """Each line that a command prints, as it comes; its standard input is closed when nobody wants any more."""
+    with _start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        yield from child.stdout
+
+
 def output(command: Command, seconds: float | None = 20, errors: bool = False) -> str:
     """What a command says on standard output, within so many seconds; with errors, its standard error is shown.
 
@@ -157,7 +166,8 @@ def _environment(command: Command) -> dict[str, str]:
 
 def _start(command: Command, **options: int) -> subprocess.Popen:
     try:
-        return subprocess.Popen(command.words, env=_environment(command), stdin=subprocess.DEVNULL, **options)
+        with open(command.stdin or os.devnull) as read:
+            return subprocess.Popen(command.words, env=_environment(command), **{"stdin": read, **options})
     except OSError as error:
         raise Exit(_not_started(command, error)) from None
 

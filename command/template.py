@@ -3,9 +3,10 @@
 import shlex
 import unicodedata
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, meta
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 ROOT = Path(__file__).resolve().parent.parent
 Lines = tuple[tuple[str, ...], ...]
@@ -32,6 +33,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        optimized=False,  # constants are few, and looking for them costs every start
     )
     environment.filters["words"] = shlex.split
     return environment
@@ -45,11 +47,16 @@ def render(name: str, **values: object) -> Lines:
 
 @cache
 def names(name: str) -> frozenset[str]:
-    """The names in capitals that the template called name uses, itself or through a template that it extends."""
+    """The names in capitals that the template called name uses, itself or through a template that it extends.
+
+    Read by Jinja's lexer alone: its parser would cost every start as much again as the rendering.
+    """
     environment = _environment()
-    tree = environment.parse(environment.loader.get_source(environment, name)[0])
-    used = {used for used in meta.find_undeclared_variables(tree) if used.isupper()}
-    return frozenset(used.union(*(names(parent) for parent in meta.find_referenced_templates(tree) if parent)))
+    tokens = [token[1:] for token in environment.lex(environment.loader.get_source(environment, name)[0])]
+    tokens = [token for token in tokens if token[0] in ("name", "string")]
+    parents = [text.strip("\"'") for (_, word), (_, text) in pairwise(tokens) if word == "extends"]
+    used = {word for kind, word in tokens if kind == "name" and word.isupper()}
+    return frozenset(used.union(*(names(parent) for parent in parents)))
 
 
 def words(lines: Lines) -> list[str]:

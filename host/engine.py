@@ -58,6 +58,11 @@ def has_image(name: str) -> bool:
     return True
 
 
+def labels(name: str) -> dict[str, str]:
+    """The labels of the image called name."""
+    return client().images.get(name).labels
+
+
 def environment(container: Container) -> dict[str, str]:
     """What the container started with, by name."""
     return dict(item.partition("=")[::2] for item in container.attrs["Config"]["Env"] or ())

@@ -17,6 +17,8 @@ from settings import models
 
 IMAGE = "rehearsal/vllm-ray"
 READY_S = 300
+# The stand-in's runtime drops the limits that many sandboxes may not raise, and with them locked memory's.
+ALLOW = "memlock"
 _PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 _CHAT = """
 import json, os, sys, urllib.request
@@ -89,7 +91,7 @@ class Flow:
 
     def launch(self) -> None:
         """A third terminal, then health until it is well."""
-        self._open(self.head, "launch", "--model", "rehearsal", VLLM_API_KEY=self.key, **self.size)
+        self._open(self.head, "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=self.key, **self.size)
         self._until(lambda: self._health().returncode == 0, "health says that all is well")
         for line in self._health().stderr.splitlines():
             self.say(f"{self.head.name} | {line}")

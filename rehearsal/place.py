@@ -9,7 +9,7 @@ from rehearsal.shell import RehearsalError
 
 SETTING = "REHEARSAL_DIR"
 DEFAULT = "/var/lib/dgx-spark-rehearsal"
-# A socket's path has at most 107 characters, and containerd puts its own 47 below this folder.
+# A socket's path has at most 107 characters, and containerd puts its own 51 below this folder.
 LONGEST = 56
 
 

@@ -1,5 +1,6 @@
 """The stand-in Sparks put together."""
 
+import atexit
 import subprocess
 from collections.abc import Collection
 from pathlib import Path
@@ -48,7 +49,8 @@ class Rig:
             self._lock.release()
             raise RehearsalError(KEPT)
         try:
-            self._handlers = signals.as_exceptions()
+            atexit.register(self.stop)  # for a Ctrl-C in the moment between a `with` and its exit
+            self._handlers = signals.once()
             self._make()
         except BaseException:
             self.stop()
@@ -149,6 +151,7 @@ class Rig:
         return self._processes[engine.name]
 
     def _end(self) -> None:
+        atexit.unregister(self.stop)
         signals.restore(self._handlers)
         self._handlers = {}
         self._lock.release()

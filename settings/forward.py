@@ -9,7 +9,7 @@ from settings.names import looks_secret
 
 LIST = "VLLM_FORWARD_VARS"
 # This project's own: vLLM warns of VLLM_* names that it does not know.
-_PRIVATE = (LIST, "VLLM_IMAGE", "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256")
+_PRIVATE = (LIST, "VLLM_IMAGE", "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_IMAGE")
 # A container has its own, or bash would not export them.
 _UNFIT = ("PATH", "HOME", "UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
 

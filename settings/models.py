@@ -1,5 +1,6 @@
 """A model is data: `<folder>/<size>.env` is the model `<folder>-<size>`, its flags are `<folder>/serve.j2`."""
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -41,6 +42,12 @@ class Model:
     def knobs(self) -> frozenset[str]:
         """The names that this model's templates use."""
         return template.names(self.serve) | (template.names(self.fetch) if self.fetch else frozenset())
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The names that its files set, by a glance at their lines."""
+        text = "\n".join(file.read_text() for file in self.profiles)
+        return frozenset(re.findall(r"^([A-Z][A-Z0-9_]*)=", text, re.MULTILINE))
 
     @property
     def names(self) -> frozenset[str]:

@@ -1,7 +1,9 @@
 """The settings of one run, and who has the last word: flag, then shell, then .env, then the model's profile."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -72,6 +74,11 @@ class Settings(Mapping[str, str]):
         """The secrets that are set and not empty, to be handed on by name."""
         return {name: self[name] for name in SECRETS if self.get(name)}
 
+    def emptied(self, names: Iterable[str], origin: str) -> Settings:
+        """The same settings with these set, but empty, and their new origin."""
+        found = self._found | {name: Setting("", "", origin, own=True) for name in names}
+        return Settings(found, self.model, list(self.forward), list(self.notes))
+
     def world_size(self) -> int:
         """How many GPUs, and so how many Sparks, the model needs: TP_SIZE times PP_SIZE."""
         return int(self.get("TP_SIZE", "1")) * int(self.get("PP_SIZE", "1"))
@@ -93,7 +100,7 @@ def load(
     _check_utilization(found)
     forwarded, notes = forward.choose([(source.own, source.values) for source in sources])
     found |= {name: _find(name, sources, ANY) for name in forwarded if name not in found}
-    notes += [*_unused(knobs, shell), *_unknown(own, sources)]
+    notes += [*_unused(knobs.union(forwarded), shell), *_unknown(own, sources)]
     if site and any(own.values.get(name) for name in SECRETS):
         notes += envfile.readable_by_others(site)
     return Settings(found, model, forwarded, notes)
@@ -143,9 +150,9 @@ def _check_utilization(found: dict[str, Setting]) -> None:
         )
 
 
-def _unused(knobs: frozenset[str], shell: Mapping[str, str]) -> list[str]:
-    """A note for each knob of another model that the shell sets: this run does not look at it."""
-    others = set().union(*(model.knobs for model in models.known().values())) - knobs - CORE.keys()
+def _unused(used: frozenset[str], shell: Mapping[str, str]) -> list[str]:
+    """A note for each name of another model that the shell sets: this run does not look at it."""
+    others = set().union(*(model.keys for model in models.known().values())) - used - CORE.keys()
     return [f"{name} is set in the shell, but this run does not use it." for name in sorted(others & shell.keys())]
 
 

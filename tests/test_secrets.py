@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from checks import inspection
 from settings import models
 
 HF, KEY = "hf_marker7", "sk_marker7"
@@ -91,6 +92,7 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
     operator.setenv("SEEN", str(tmp_path / "seen"))
     env_file.write_text(f"HF_TOKEN={HF}\nVLLM_API_KEY={KEY}\n")
     operator.setattr("cluster.guards.before_launch", lambda settings: None)
+    operator.setattr("checks.inspection.inspect", lambda settings, head: inspection.foresee(settings))
     said = inv("launch --model nemotron", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "marker7" not in said.out + said.err
     assert "marker7" not in (tmp_path / "seen.argv").read_text()

@@ -1,6 +1,7 @@
 """The reasoning parser's file is there whole or not at all, from a commit that is named. A stand-in for the model's
 repository answers on the head's own address, so the real `hf download` does the fetching."""
 
+import shutil
 import subprocess
 import sys
 
@@ -38,9 +39,10 @@ ENV = {
 @pytest.fixture
 def launch(sparks, terminal):
     """Launches nemotron on one stand-in Spark; what it said, and the parser's file if there is one."""
+    shutil.rmtree(sparks[0].cache / "huggingface/parsers", ignore_errors=True)
     terminal(sparks[0], "head", "--model", "nemotron", **ENV).until("Ray runtime started")
 
-    def type_it(timeout: int = 120):
+    def type_it():
         done = inv(sparks[0], "launch", "--model", "nemotron", **ENV)
         return done.stderr, list((sparks[0].cache / "huggingface/parsers").rglob("super_v3_reasoning_parser.py"))
 

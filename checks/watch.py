@@ -1,0 +1,75 @@
+"""Memory as it goes: a line for each node, every two seconds, until Ctrl-C."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke import Exit
+
+from cluster import node, server
+from command import run
+from command.run import Command, say
+from settings.resolve import Settings
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+SECONDS = 2
+_GIB = 2**30
+
+
+def watch(head: Container, settings: Settings, file: str | None) -> None:
+    """Print what every node has available, low ones marked, and write it as CSV to file if it is named.
+
+    Raises Exit if the file cannot be written or Ray stops answering.
+    """
+    warn, lows = float(settings["MEM_WARN_GIB"]), _lows(settings)
+    if lows:
+        say(
+            "Lowest while the last server ran: " + ", ".join(f"{at} {left / _GIB:.1f} GiB" for at, left in lows.items())
+        )
+    with _rows(file) as rows:
+        for told in _samples(head.name):
+            now = time.strftime("%H:%M:%S")
+            for address, left in sorted(told.items()):
+                available = "unknown" if left is None else f"{left / _GIB:.1f}"
+                low = left is None or left < warn * _GIB
+                say(f"{now}  {address:<15}  {available:>7} GiB available{'  LOW' if low else ''}")
+                rows.writerow([now, address, left])
+
+
+def _samples(name: str) -> Iterator[dict[str, int | None]]:
+    source = Path(server.__file__).with_name("memory_guard.py").read_text()
+    outer = ("docker", "exec", "-i", name, "/bin/bash", "-c", node.IN_SHELL, "bash")
+    lines = run.lines(Command(((*outer, "python3", "-c", source, "watch", str(SECONDS)),)))
+    for line in lines:
+        yield json.loads(line)
+    raise Exit("Ray in the head's container does not answer any more. Type: inv health")
+
+
+def _lows(settings: Settings) -> dict[str, int]:
+    """What each node had left at its lowest while the last server ran, by the guard's own file."""
+    file = Path(node.mounts(settings)[node.LOGS]) / Path(server.LOW).name
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def _rows(file: str | None) -> Iterator[Any]:
+    """A CSV writer to the file, which begins with the names of its columns; to nowhere without one."""
+    try:
+        with open(file or os.devnull, "w", newline="", buffering=1) as opened:
+            rows = csv.writer(opened)
+            rows.writerow(["time", "node", "available_bytes"])
+            yield rows
+    except OSError as error:
+        raise Exit(f"--csv {file} cannot be written: {error.strerror}.") from None
