@@ -25,13 +25,13 @@ MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 25
 
 @verb(name="build-image", help={"base-image": "what Ray is put on (BASE_IMAGE)", "tag": "the new image's name (TAG)"})
 def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
-    """Build the image that both nodes run: NVIDIA's vLLM with Ray put back."""
+    """Build the image that every node runs."""
     _each(c, [image.build(_settings(None, BASE_IMAGE=base_image, TAG=tag))])
 
 
 @verb(help={"model": START})
 def head(c: Context, model: str | None = None) -> None:
-    """Bring this node up as the head, in the foreground: it goes down with its terminal."""
+    """Bring this node up as the head, in the foreground."""
     settings = _settings(model)
     net = _network(settings)
     if not c.config.run.dry:
@@ -41,7 +41,7 @@ def head(c: Context, model: str | None = None) -> None:
 
 @verb(help={"model": START, "head-ip": "the head's address on the control link (HEAD_NODE_IP)"})
 def worker(c: Context, model: str | None = None, head_ip: str | None = None) -> None:
-    """Bring this node up as a worker, in the foreground: it goes down with its terminal."""
+    """Bring this node up as a worker, in the foreground."""
     settings = _settings(model, HEAD_NODE_IP=head_ip)
     net = _network(settings)
     if not c.config.run.dry:
@@ -51,7 +51,7 @@ def worker(c: Context, model: str | None = None, head_ip: str | None = None) -> 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW})
 def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None) -> None:
-    """Serve a model: check every node, start `vllm serve` in the head's container, follow its log; Ctrl-C stops it."""
+    """Check every node, serve a model, follow its log."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
         return run.show(*server.commands(settings))
@@ -65,7 +65,7 @@ def launch(c: Context, model: str, max_len: str | None = None, allow: str | None
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "json": "for a machine, on standard output"})
 def check(c: Context, model: str, max_len: str | None = None, allow: str | None = None, json: bool = False) -> None:
-    """Find every disagreement between the nodes, and what does not fit, without loading anything."""
+    """Find what would go wrong, without loading anything."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
         return
@@ -82,7 +82,7 @@ def check(c: Context, model: str, max_len: str | None = None, allow: str | None 
 
 @verb(help={"csv": "a file to write the same to"})
 def memory(c: Context, csv: str | None = None) -> None:
-    """Print what every node has available, every two seconds, until Ctrl-C."""
+    """Print every node's available memory until Ctrl-C."""
     settings = _settings(None)
     if c.config.run.dry:
         return
@@ -93,14 +93,14 @@ def memory(c: Context, csv: str | None = None) -> None:
 
 @verb()
 def token(c: Context) -> None:
-    """Make Ray's token, a file that every node has to have: Ray then refuses whoever lacks it."""
+    """Make the token that Ray then asks everyone for."""
     if not c.config.run.dry:
         tokens.make(_settings(None))
 
 
 @verb()
 def stop(c: Context) -> None:
-    """End the server in the head's container and leave Ray up."""
+    """End the server and leave Ray up."""
     if not c.config.run.dry:
         guards.before_stop()
     _each(c, [server.stop()])
@@ -108,7 +108,7 @@ def stop(c: Context) -> None:
 
 @verb()
 def health(c: Context) -> None:
-    """Report Ray's nodes, the API and the GPU, each by itself; the exit status says whether all are well."""
+    """Report on Ray, the API and the GPU."""
     if c.config.run.dry:
         return run.show(looks.gpu(), looks.gpu_inside())
     if not looks.report(_settings(None)):
@@ -117,7 +117,7 @@ def health(c: Context) -> None:
 
 @verb(help={"yes": "do not ask"})
 def cleanup(c: Context, yes: bool = False) -> None:
-    """Show what earlier runs left on this node, ask, and remove their containers."""
+    """Show what earlier runs left here, ask, remove it."""
     if c.config.run.dry:
         return run.show(leftovers.removal())
     leftovers.clean(_settings(None), yes)
@@ -125,7 +125,7 @@ def cleanup(c: Context, yes: bool = False) -> None:
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
 def plan(c: Context, model: str, max_len: str | None = None) -> None:
-    """Print what head, worker and launch would run on every node, touching nothing."""
+    """Print what every node would run, touching nothing."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     from checks import inspection, report
 
@@ -140,22 +140,27 @@ def plan(c: Context, model: str, max_len: str | None = None) -> None:
     "install": "install what is missing first",
 })  # fmt: skip
 def rehearse(c: Context, hosts: str = "2", keep: bool = False, down: bool = False, install: bool = False) -> None:
-    """Run the whole flow on stand-in Sparks on this machine, as root, and clean up."""
+    """Run the whole flow on stand-in Sparks, as root."""
     from rehearsal import stage
 
     _no_dry(c, "rehearse")
-    flags = [name for name, given in (("--keep", keep), ("--down", down), ("--install", install)) if given]
+    flags = [name for name, given in (("--keep", keep), ("--install", install)) if given]
+    if down:
+        return stage.down()
+    stage.check(hosts)
     stage.prepare(install, "rehearse", "--hosts", hosts, *flags)
-    stage.down() if down else stage.rehearse(hosts, keep)
+    stage.rehearse(hosts, keep)
 
 
 @verb(name="test", help={"fast": "only what needs neither Docker nor root", "install": "install what is missing first"})
 def suite(c: Context, fast: bool = False, install: bool = False) -> None:
-    """Run the whole test suite: the fast tests, then those on the stand-in Sparks."""
+    """Run all tests, those on the stand-in Sparks too."""
     from rehearsal import suite as tests
 
     _no_dry(c, "test")
-    tests.fast() if fast else tests.everything(install)
+    if fast:
+        tests.fast()
+    tests.everything(install)
 
 
 def _no_dry(c: Context, name: str) -> None:

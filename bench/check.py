@@ -150,7 +150,7 @@ def _cluster(place: Place, numbers: Sequence[int]) -> Iterator[Cluster]:
 def _start(stack: ExitStack, place: Place, number: int, *words: str) -> subprocess.Popen:
     own = ("/bin/sh", "-c", OWN_FOLDER, str(place.folder))
     ray = (*place.ray, "start", "--block", f"--node-ip-address={_address(number)}", *words)
-    sizes = ("--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats")
+    sizes = ("--num-cpus=6", "--object-store-memory=80000000", "--disable-usage-stats")
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     inside = ("ip", "netns", "exec", _space(number), *own, *ray, *sizes)
     node = subprocess.Popen([*CONTAINED, *inside], env=_environment(number), **quiet)

@@ -41,9 +41,9 @@ def least_utilization(found: Budget, cache: int) -> float:
 def _left(found: Budget, limits: Limits) -> Iterator[Finding]:
     """What the host keeps. The article's nodes hung when it was too little, and had to be power-cycled."""
     floor, warn = limits.floor * GIB, limits.warn * GIB
-    if found.left >= warn:
-        return
     low = found.left < floor
+    if found.left >= warn and not low:
+        return
     name = f"MEM_FLOOR_GIB ({limits.floor:g})" if low else f"MEM_WARN_GIB ({limits.warn:g})"
     lower = _lower(found, warn) or (_lower(found, floor) if low else None)
     do = f"{_util(lower)} {limits.launch}" if lower else "see what else runs there: free -g; then end it, and try again"

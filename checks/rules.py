@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from checks.finding import Finding
 from checks.nodes import Node, Unknown
+from checks.options import version
 from settings.resolve import Settings
 
 Rule = Callable[[Sequence[Node], Settings], Iterator[Finding]]
@@ -110,18 +111,20 @@ def rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         if node.variable("NCCL_IB_DISABLE") == "1":
             continue
         yield from _unknown("rdma", [node], "infiniband", "memlock", "ipc_lock")
-        lacks = {
-            "no device in /dev/infiniband": node["infiniband"] == [],
-            f"a memlock limit of {node['memlock']}": isinstance(node["memlock"], int) and node["memlock"] != -1,
-            "no IPC_LOCK": node["ipc_lock"] is False,
-        }
-        for lack in (lack for lack, is_so in lacks.items() if is_so):
-            rule = "memlock" if "memlock" in lack else "rdma"
+        if node["infiniband"] == [] or node["ipc_lock"] is False:
+            lack = "no device in /dev/infiniband" if node["infiniband"] == [] else "no right to lock memory (IPC_LOCK)"
             yield Finding(
-                rule,
+                "rdma",
                 f"{node.address}: the container has {lack}, so NCCL would fall back to TCP without complaint. On that "
-                "node: ls /dev/infiniband; cold boot if it is gone; then bring the node up again. TCP on purpose: "
+                "node: ls /dev/infiniband; if it is gone, a cold boot; then bring the node up again. TCP on purpose: "
                 "RDMA_HCAS= on every node.",
+            )
+        if isinstance(node["memlock"], int) and node["memlock"] != -1:
+            yield Finding(
+                "memlock",
+                f"{node.address}: the container may lock {node['memlock'] // 1024} KiB of memory, not all of it as "
+                "--ulimit memlock=-1:-1 says, and RDMA registers gigabytes. Bring that node up by this repository's "
+                "task; on that node: docker info shows a runtime that is not runc's.",
             )
 
 
@@ -164,11 +167,11 @@ def links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 def nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """Where the nodes' lists of devices differ, the vLLM that will run leaves each its own."""
     lists = {node.address: node.variable("NCCL_IB_HCA") for node in nodes}
-    vllm = str(nodes[0]["vllm"]) if nodes else ""
-    kept = nodes[0]["own_variables"] if nodes else []
-    # From 0.21 on a worker's own value wins (RayExecutorV2); before, the head's overwrote it unless it was listed.
-    overwrites = vllm < "0.21" and (isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept)
     if len(set(lists.values())) > 1:
+        vllm, kept = nodes[0]["vllm"], nodes[0]["own_variables"]
+        # From 0.21 on a worker's own value wins (RayExecutorV2); before, the head's overwrote it unless it was listed.
+        older = isinstance(vllm, Unknown) or version(vllm) < (0, 21, 0)
+        overwrites = older and (isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept)
         told = ", ".join(f"{address} has {value}" for address, value in lists.items())
         text = f"NCCL_IB_HCA differs: {told}."
         if overwrites:

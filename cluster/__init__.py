@@ -1,1 +1,1 @@
-"""Two DGX Sparks as one vLLM server: settings, command lines, and the questions asked before they run."""
+"""Two DGX Sparks as one vLLM server: the container, Ray in it, the server, and what is asked first."""

@@ -31,8 +31,8 @@ def before_head(settings: Settings, net: Network) -> None:
             f"({'VLLM_HOST_IP' if 'VLLM_HOST_IP' in settings else settings['PRIMARY_IF']}). Set one of them in .env."
         )
     _engine_is_ready(settings)
-    if not ports.is_free("0.0.0.0", RAY_PORT):
-        raise Exit(f"Ray's port {RAY_PORT} is held by {ports.holder(RAY_PORT)}. To see what is left: inv cleanup")
+    if obstacle := ports.obstacle("0.0.0.0", RAY_PORT):
+        raise Exit(f"Ray cannot listen: {obstacle}. To see what is left: inv cleanup")
 
 
 def before_worker(settings: Settings, net: Network) -> None:
@@ -42,6 +42,11 @@ def before_worker(settings: Settings, net: Network) -> None:
         raise Exit(
             f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is this host: a worker here would "
             f"put both ranks on one Spark. Type inv head{_model(settings)} here, and inv worker on the other node."
+        )
+    if not ports.is_mine(net.address):
+        raise Exit(
+            f"VLLM_HOST_IP ({settings.origin('VLLM_HOST_IP')}) is {net.address}, which is no address of this host. "
+            "Unset it, and the address of PRIMARY_IF is taken."
         )
     _engine_is_ready(settings)
     _wait_for_head(address, int(settings["WAIT_HEAD_S"]))
@@ -56,9 +61,8 @@ def before_launch(settings: Settings) -> Container:
     _forwarded(settings, head)
     if is_serving(head):
         raise Exit("A server runs in this container already. Type: inv stop")
-    port = int(settings["PORT"])
-    if not ports.is_free(settings["HOST"], port):
-        raise Exit(f"PORT {port} is held by {ports.holder(port)}. Set another: PORT=8001 inv launch ...")
+    if obstacle := ports.obstacle(settings["HOST"], int(settings["PORT"])):
+        raise Exit(f"The API cannot listen: {obstacle}. Set HOST, or another port: PORT=8001 inv launch ...")
     ray_answers(settings)
     return head
 
@@ -78,7 +82,7 @@ def before_stop() -> None:
 
 def is_serving(head: Container) -> bool:
     """Whether the server that `launch` recorded in this container still runs."""
-    return head.exec_run(["/bin/bash", "-c", server.ALIVE]).exit_code == 0
+    return engine.succeeds(head, "/bin/bash", "-c", server.ALIVE)
 
 
 def running_node(what_next: str) -> Container:

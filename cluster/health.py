@@ -52,6 +52,7 @@ def _ray() -> str:
 def _api(settings: Settings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings["HOST"], settings["HOST"])
     # Imported here: it would slow every start of every task.
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -61,10 +62,12 @@ def _api(settings: Settings) -> str:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as answer:
             return f"{url} says {answer.status}"
     except urllib.error.HTTPError as error:
-        raise Exit(f"{url} says {error.code}. Its log: inv launch's terminal, or {settings['CACHE_DIR']}") from None
-    except OSError as error:
+        raise Exit(f"{url} says {error.code}. Its log: {settings['CACHE_DIR']}/node-ray/serve.log") from None
+    except (OSError, http.client.HTTPException) as error:
         raise Exit(f"{url} does not answer ({error}). Is a model launched? inv launch --model NAME") from None
 
 
 def _gpu(command: Command) -> str:
-    return run.output(command) or "nvidia-smi named none"
+    if not (named := run.output(command)):
+        raise Exit("nvidia-smi named none. Type: nvidia-smi")
+    return named

@@ -39,8 +39,7 @@ def _report(found: list[Container], settings: Settings) -> None:
     for left in found:
         say(f"{left.name}: {left.status}, {engine.age(left)} old, image {engine.image(left)}")
     for what, port in (("Ray", RAY_PORT), ("API", int(settings["PORT"]))):
-        free = ports.is_free("0.0.0.0", port)
-        say(f"port {port} ({what}): {'free' if free else f'held by {ports.holder(port)}'}")
+        say(f"{what}: {ports.obstacle('0.0.0.0', port) or f'port {port} is free'}")
 
 
 def _agreed(found: list[Container]) -> bool:

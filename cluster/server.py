@@ -22,14 +22,18 @@ _GUARD = "/run/memory-guard.py"
 
 # `docker exec` passes no signal on and takes its output along when it dies, so the server gets a session, a log file
 # and a recorded process id of its own. setsid makes the id that of the whole process group.
-START = f'test -e {LOG} && mv {LOG} {LOG}.1; setsid "$@" </dev/null >{LOG} 2>&1 & echo $! >{PID}'
+# The lock goes on to the server and is its own as long as it lives, so two launches at once are one.
+START = (
+    f"exec 9>{PID}.lock; flock -n 9 || {{ echo a server runs here already >&2; exit 1; }}; "
+    f'test -e {LOG} && mv {LOG} {LOG}.1; setsid "$@" </dev/null >{LOG} 2>&1 & echo $! >{PID}'
+)
 FOLLOW = f"exec tail -n +1 -F --pid=$(cat {PID}) {LOG}"
 ALIVE = f"test -e {PID} && kill -0 -- -$(cat {PID})"
 GUARD = f'cat >{_GUARD}; setsid "$@" </dev/null >>{LOG} 2>&1 &'
 # `hf download` leaves a file whole or not at all, and the commit that it resolved beside it.
 FETCH = 'NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata'
 STOP = (
-    f"p=$(cat {PID}) && kill -TERM $p || exit; "
+    f"p=$(cat {PID}) && kill -TERM $p 2>/dev/null || kill -TERM -- -$p || exit; "
     "for _ in {1..30}; do kill -0 -- -$p 2>/dev/null || exit 0; sleep 1; done; "
     "echo still there after 30 s, killed >&2; kill -KILL -- -$p"
 )

@@ -44,7 +44,8 @@ class Command:
         said = [f"# {self.where}"] if self.where else []
         said += [f"export {name}={shlex.quote(value)}" for name, value in self.env.items()]
         said += [f'export {name}="$({shlex.join(template.words(lines))})"' for name, lines in self.asks.items()]
-        said += [f': "${{{name}:?}}"' for name in self.needs]
+        # One list with the command: an interactive bash would go on to the next line without the secret.
+        said += [f': "${{{name}:?}}" && \\' for name in (*self.asks, *self.needs)]
         read = f" \\\n  < {shlex.quote(str(self.stdin))}" if self.stdin else ""
         return "\n".join([*said, template.text(self.lines) + read])
 
@@ -61,6 +62,8 @@ def say(*lines: str) -> None:
 
 def show(*commands: Command) -> None:
     """Print the commands to standard output, and nothing else; a reader that has seen enough (`| head`) ends it."""
+    if sys.stdout is None:
+        raise Exit("Standard output is closed: there is nowhere to print the command lines.")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         print("\n\n".join(command.text for command in commands), flush=True)

@@ -6,7 +6,9 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from invoke import Exit
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2.exceptions import TemplateNotFound, TemplateSyntaxError
 
 ROOT = Path(__file__).resolve().parent.parent
 Lines = tuple[tuple[str, ...], ...]
@@ -41,8 +43,17 @@ def _environment() -> Environment:
 
 def render(name: str, **values: object) -> Lines:
     """Render the template called name to lines of words; raises jinja2.UndefinedError for a name without a value."""
-    text = _environment().get_template(name).render(values)
+    text = _loaded(name).render(values)
     return tuple(tuple(shlex.split(line)) for line in text.split("\n") if line.strip())
+
+
+def _loaded(name: str) -> Template:
+    try:
+        return _environment().get_template(name)
+    except TemplateSyntaxError as error:
+        raise Exit(f"{error.name}, line {error.lineno}, is no template: {error.message}") from None
+    except (TemplateNotFound, OSError, UnicodeDecodeError) as error:
+        raise Exit(f"The template {name} cannot be read: {error}") from None
 
 
 @cache
@@ -52,7 +63,11 @@ def names(name: str) -> frozenset[str]:
     Read by Jinja's lexer alone: its parser would cost every start as much again as the rendering.
     """
     environment = _environment()
-    tokens = [token[1:] for token in environment.lex(environment.loader.get_source(environment, name)[0])]
+    try:
+        source = environment.loader.get_source(environment, name)[0]
+        tokens = [token[1:] for token in environment.lex(source)]
+    except (TemplateSyntaxError, TemplateNotFound, OSError, UnicodeDecodeError) as error:
+        raise Exit(f"The template {name} cannot be read: {error}") from None
     tokens = [token for token in tokens if token[0] in ("name", "string")]
     parents = [text.strip("\"'") for (_, word), (_, text) in pairwise(tokens) if word == "extends"]
     used = {word for kind, word in tokens if kind == "name" and word.isupper()}

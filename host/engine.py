@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import re
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING
@@ -27,11 +27,22 @@ def client() -> DockerClient:
     import docker
     from docker.context import ContextAPI
 
-    host = os.environ.get("DOCKER_HOST") or ContextAPI.get_current_context().Host
+    if host := os.environ.get("DOCKER_HOST"):
+        return _reached(host, lambda: docker.from_env(timeout=30))
+    name = os.environ.get("DOCKER_CONTEXT")
+    context = ContextAPI.get_context(name) if name else ContextAPI.get_current_context()
+    if context is None:
+        raise Exit(f"Docker has no context {name or 'of the name that its config.json says'}. Type: docker context ls")
+    return _reached(context.Host, lambda: docker.DockerClient(context.Host, tls=context.TLSConfig or False, timeout=30))
+
+
+def _reached(host: str, connect: Callable[[], DockerClient]) -> DockerClient:
+    from docker.errors import DockerException
+
     try:
-        found = docker.DockerClient(base_url=host, timeout=30)
+        found = connect()
         found.ping()
-    except docker.errors.DockerException as error:
+    except DockerException as error:
         raise Exit(f"Docker cannot be reached at {host}: {_cause(error)}. {_remedy(str(error))}") from None
     return found
 
@@ -82,19 +93,35 @@ def age(container: Container) -> str:
 
 def ask(container: Container, *words: str) -> str:
     """The standard output of a command in the container; raises Exit with its last lines if it fails."""
-    status, (out, err) = container.exec_run(list(words), demux=True)
+    status, (out, err) = _exec(container, words)
     if status != 0:
         tail = ((err or b"") + (out or b"")).decode(errors="replace").strip().splitlines()[-3:]
         raise Exit(f"{words[0]} in {container.name} failed ({status}): {' / '.join(tail) or 'it said nothing'}")
     return (out or b"").decode(errors="replace")
 
 
+def succeeds(container: Container, *words: str) -> bool:
+    """Whether a command in the container ends well; raises Exit if it could not be asked."""
+    return _exec(container, words)[0] == 0
+
+
+def _exec(container: Container, words: Sequence[str]) -> tuple[int, tuple[bytes | None, bytes | None]]:
+    from docker.errors import DockerException
+    from requests.exceptions import RequestException
+
+    try:
+        return container.exec_run(list(words), demux=True)
+    except (DockerException, RequestException) as error:
+        raise Exit(f"Docker could not ask {container.name}: {error}. Type: docker ps") from None
+
+
 def _cause(error: Exception) -> str:
-    return str(error).rpartition("(")[2].rstrip(")") or str(error)
+    known = ("Permission denied", "No such file or directory", "Connection refused", "timed out")
+    return next((cause for cause in known if cause in str(error)), str(error))
 
 
 def _remedy(message: str) -> str:
     if "Permission" in message:
-        named = grp.getgrgid(os.getgid()).gr_name
-        return f"Type: sudo usermod -aG docker $USER (you are in {named}), then log in again."
-    return "Type: sudo systemctl start docker"
+        return "Type: sudo usermod -aG docker $USER; then log in again."
+    named = [name for name in ("DOCKER_HOST", "DOCKER_CONTEXT") if os.environ.get(name)]
+    return f"Type: sudo systemctl start docker{f', or: unset {named[0]}' if named else ''}"

@@ -1,5 +1,6 @@
 """TCP ports: whether one answers, whether one is free here, and who holds it."""
 
+import errno
 import re
 import socket
 
@@ -28,16 +29,17 @@ def is_mine(address: str) -> bool:
     return True
 
 
-def is_free(address: str, port: int) -> bool:
-    """Whether a server could listen on address:port now; connections that are just ending do not count."""
+def obstacle(address: str, port: int) -> str:
+    """Why no server could listen on address:port now, or nothing; connections that are just ending do not count."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as asked:
         asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             asked.bind((address, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            held = error.errno == errno.EADDRINUSE
+            return f"port {port} is held by {holder(port)}" if held else f"{address}:{port}: {error.strerror}"
+    return ""
 
 
 def holder(port: int) -> str:

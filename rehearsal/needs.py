@@ -14,7 +14,7 @@ from rehearsal.shell import PATH, RehearsalError, works
 
 GB = 10**9
 MEMORY_GB = 8
-DISK_GB, DISK_AGAIN_GB = 25, 8  # the first time, and where the images of an earlier run are
+DISK_GB, DISK_AGAIN_GB = 12, 6  # the first time, and where the images of an earlier run are
 # Each program with Debian's package for it, and with Docker's own: the two kinds conflict.
 DOCKER = {
     "dockerd": ("docker.io", "docker-ce"),

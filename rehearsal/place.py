@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rehearsal.shell import RehearsalError
+from settings import resolve
 
 SETTING = "REHEARSAL_DIR"
-DEFAULT = "/var/lib/dgx-spark-rehearsal"
 # A socket's path has at most 107 characters, and containerd puts its own 51 below this folder.
 LONGEST = 56
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder that REHEARSAL_DIR names; raise RehearsalError where engines could not live in it."""
-    path = Path(environ.get(SETTING) or DEFAULT)
-    if not re.fullmatch(r"/[\w./-]+", str(path)) or len(str(path)) > LONGEST:
+    path = Path(resolve.load(shell=environ)[SETTING])
+    if not re.fullmatch(r"/[\w./-]+", str(path)) or ".." in path.parts or len(str(path)) > LONGEST:
         raise RehearsalError(
             f"{SETTING} is {str(path)!r}; it takes an absolute path of letters, digits and ._/- of at most {LONGEST} "
             "characters: it ends up in the paths of sockets and in mount options."

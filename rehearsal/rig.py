@@ -27,7 +27,7 @@ class Rig:
         self.hosts = [Host(number, self.root, bound=not keep) for number in range(1, count + 1)]
         self.builder = Engine("builder", self.root)
         self.keep, self.say = keep, say
-        self._without_device = without_device
+        self.without_device = without_device
         self._lock = Lock()
         self._handlers: signals.Handlers = {}
         self._processes: dict[str, subprocess.Popen] = {}
@@ -143,7 +143,7 @@ class Rig:
         return self._run(self.builder, hosts=Path("/etc/hosts").read_text(), additions=lent, infiniband=False)
 
     def _start(self, host: Host, hosts: str) -> subprocess.Popen:
-        device = host.number not in self._without_device
+        device = host.number not in self.without_device
         return self._run(host.engine, hosts=hosts, additions={}, infiniband=device)
 
     def _run(self, engine: Engine, **options) -> subprocess.Popen:

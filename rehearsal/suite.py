@@ -6,7 +6,8 @@ from typing import NoReturn
 
 from command import run
 from command.run import Command
-from rehearsal import stage
+from rehearsal import needs, stage
+from rehearsal.hosts import INV
 from settings.models import ROOT
 
 _PYTEST = (sys.executable, "-m", "pytest", "--rootdir", str(ROOT), "-p", "no:cacheprovider")
@@ -22,11 +23,12 @@ def everything(install: bool) -> NoReturn:
 
     With install, or where CI is set, a test that cannot run is a failure; else it is skipped with its reason.
     """
+    all_of_them = (*_PYTEST, "-m", "", str(ROOT / "tests"))
     if install:
         os.environ["CI"] = "true"
-    if os.geteuid():
+    if os.geteuid() and (install or not needs.missing(as_root=False)):
         run.run(Command(((*_PYTEST, str(ROOT / "tests")),)))
+        stage.as_root(*INV, "test", *(("--install",) if install else ()))
     if install:
-        stage.prepare(install, "test", "--install")
-    slow = (*_PYTEST, "-m", "" if not os.geteuid() else "rehearsal", str(ROOT / "tests"))
-    run.become(Command((slow,), env={"PYTHONDONTWRITEBYTECODE": "1"})) if not os.geteuid() else stage.as_root(*slow)
+        stage.prepare(install)
+    run.become(Command((all_of_them,), env={"PYTHONDONTWRITEBYTECODE": "1"}))

@@ -1,5 +1,6 @@
 """Files of NAME=value lines: `.env` and the profiles, read as they stand, without `${...}` expansion."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -11,11 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def site(named: str | None) -> Path | None:
     """This site's file: what ENV_FILE in the shell names (empty: none), else `.env` at the root if there is one."""
-    if named is None:
-        return ROOT / ".env" if (ROOT / ".env").is_file() else None
-    if named and not Path(named).is_file():
-        raise Exit(f"ENV_FILE (shell) is {named!r}; it takes a file that exists, or nothing.")
-    return Path(named) if named else None
+    file = ROOT / ".env" if named is None else Path(named)
+    if named == "" or (named is None and not os.path.lexists(file)):
+        return None
+    if not os.path.isfile(file):
+        if named is None:
+            raise Exit(f"{file} is there, but it is no file that can be read.")
+        raise Exit(f"ENV_FILE (shell) is {named!r}; it takes a file that exists and can be read, or nothing.")
+    return file
 
 
 def label(file: Path) -> str:

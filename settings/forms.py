@@ -75,13 +75,11 @@ def _folder(text: str) -> str:
 
 def _words(text: str) -> str:
     # A key on a command line can be read by every user of the host; vLLM takes it from VLLM_API_KEY.
-    if any(word.replace("_", "-").startswith(("--api-k", "--hf-t")) for word in shlex.split(text)):
-        raise HoldsSecret
+    for word in shlex.split(text):
+        option = word.replace("_", "-").partition("=")[0]
+        if option in ("--api", "--api-") or option.startswith(("--api-k", "--hf-t")):
+            raise ValueError(option)
     return text
-
-
-class HoldsSecret(ValueError):
-    """The text has a secret in it and must not be said back."""
 
 
 TEXT = Form("text that does not start with a dash", _text)
@@ -101,6 +99,7 @@ INTERFACE = Form("a network interface", _matching(r"[\w.@-]{1,15}"))
 DEVICES = Form("device names, comma separated", _matching(r"[\w.@-]+(,[\w.@-]+)*"))
 IMAGE = Form("an image name", _matching(r"[\w][\w./:@-]*"))
 GIB = Form("a plain decimal of at least 0, in GiB", _matching(r"[0-9]{1,4}(\.[0-9]{1,3})?"))
+SECRETS = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_TOKEN|VLLM_API_KEY) ?)*"))
 GATES = Form("refuse or auto", _matching("refuse|auto"))
 VERSION = Form("a version number", _matching(r"[0-9][\w.+!]*"))
 FILE = Form("an absolute path without a colon", _folder)

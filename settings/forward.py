@@ -10,6 +10,18 @@ from settings.names import looks_secret
 LIST = "VLLM_FORWARD_VARS"
 # This project's own: vLLM warns of VLLM_* names that it does not know.
 _PRIVATE = (LIST, "VLLM_IMAGE", "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_IMAGE")
+# What the bring-up sets itself, from settings of this project.
+_SET = {
+    "VLLM_HOST_IP": "VLLM_HOST_IP",
+    "MASTER_ADDR": "HEAD_NODE_IP",
+    "TP_SOCKET_IFNAME": "PRIMARY_IF",
+    "NCCL_SOCKET_IFNAME": "DATA_IFS",
+    "GLOO_SOCKET_IFNAME": "DATA_IFS",
+    "OMPI_MCA_btl_tcp_if_include": "DATA_IFS",
+    "NCCL_IB_HCA": "RDMA_HCAS",
+    "NCCL_IB_DISABLE": "RDMA_HCAS",
+    "UCX_NET_DEVICES": "RDMA_HCAS",
+}
 # A container has its own, or bash would not export them.
 _UNFIT = ("PATH", "HOME", "UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
 
@@ -37,6 +49,10 @@ def _refuse(name: str) -> None:
         raise Exit(
             f"{LIST} lists {name}, which looks like a secret: everyone who may run `docker inspect` would read it. "
             "HF_TOKEN and VLLM_API_KEY reach the server by themselves; take it off the list."
+        )
+    if name in _SET:
+        raise Exit(
+            f"{LIST} lists {name}, which every container gets by {_SET[name]}; take it off the list and set that."
         )
     if name in _UNFIT:
         raise Exit(f"{LIST} lists {name}, which every container has for itself; take it off the list.")

@@ -61,7 +61,9 @@ def known() -> dict[str, Model]:
     models = {}
     for serve in sorted(ROOT.glob("*/serve.j2")):
         folder = serve.parent
-        sizes = sorted(file.stem for file in folder.glob("*.env") if file.name != "cluster.env")
+        sizes = sorted(
+            file.stem for file in folder.glob("*.env") if file.name != "cluster.env" and not file.name.startswith(".")
+        )
         for size in sizes:
             name = folder.name if len(sizes) == 1 else f"{folder.name}-{size}"
             models[name] = Model(folder.name, size, name)

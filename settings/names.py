@@ -39,7 +39,7 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "MEM_ABORT_GIB": ("2", forms.GIB),
     "IMAGE_GATES": ("refuse", forms.GATES),
     "RAY_AUTH_TOKEN_PATH": ("~/.ray/auth_token", forms.FILE),
-    "REQUIRED_SECRETS": ("VLLM_API_KEY", forms.optional(forms.TEXT)),
+    "REQUIRED_SECRETS": ("VLLM_API_KEY", forms.SECRETS),
     "SERVE_EXTRA": ("", forms.WORDS),
     "VLLM_FORWARD_VARS": ("", forms.ANY),
     "HF_TOKEN": (None, forms.ANY),

@@ -11,7 +11,7 @@ from invoke import Exit
 
 from command.template import printable
 from settings import envfile, forward, models
-from settings.forms import ANY, Form, HoldsSecret
+from settings.forms import ANY, Form
 from settings.models import Model
 from settings.names import CORE, FLAGS, SECRETS, form, nearest
 
@@ -63,7 +63,9 @@ class Settings(Mapping[str, str]):
     def overridden(self) -> list[str]:
         """A line for each setting that came from neither profile nor default, with its origin; no secret's value."""
         own = [(name, setting) for name, setting in sorted(self._found.items()) if setting.own]
-        said = {name: "set" if name in SECRETS else f"= {at.value or at.text or '(empty)'}" for name, at in own}
+        said = {
+            name: "set" if name in SECRETS and at.value else f"= {at.value or at.text or '(empty)'}" for name, at in own
+        }
         return [f"{name} {said[name]} ({setting.origin})" for name, setting in own]
 
     def public(self) -> dict[str, str]:
@@ -135,9 +137,10 @@ def _find(name: str, sources: list[Source], form: Form) -> Setting | None:
 def _read(name: str, source: Source, form: Form) -> Setting:
     text = source.values[name]
     try:
-        return Setting(form.read(printable(text)), text, source.origin, source.own)
-    except ValueError as error:
-        got = "not that" if name in SECRETS or isinstance(error, HoldsSecret) else repr(text)
+        return Setting(printable(form.read(printable(text))), text, source.origin, source.own)
+    except ValueError:
+        hidden = name in (*SECRETS, "SERVE_EXTRA")
+        got = "not shown here, it may hold a secret" if hidden else repr(text)
         raise Exit(f"{name} ({source.origin}) is {got}; it takes {form.takes}.") from None
 
 

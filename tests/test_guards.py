@@ -37,7 +37,7 @@ class Container:
 
     def exec_run(self, words, demux=False):
         """Whether the server runs."""
-        return SimpleNamespace(exit_code=0 if self.serving else 1)
+        return (0 if self.serving else 1), (b"", b"")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_missing_image_is_named(docker):
 def test_a_held_ray_port_is_named_with_its_holder(docker, ray_port):
     """A second head on a taken port fails minutes later, and says something else."""
     said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
-    assert f"Ray's port {ray_port} is held by " in said and "inv cleanup" in said
+    assert f"Ray cannot listen: port {ray_port} is held by " in said and "inv cleanup" in said
 
 
 KEYS = {"HF_TOKEN": "hf_x", "VLLM_API_KEY": "sk_x", "HEAD_NODE_IP": HERE, "HOST": HERE, "PORT": "1"}
@@ -165,7 +165,7 @@ def test_launch_twice(docker):
 def test_launch_on_a_taken_port(docker, ray_port):
     """The API's port is tried on the address where the API will listen."""
     docker.containers = [Container(**NEMOTRON)]
-    assert f"PORT {ray_port} is held by " in _launch(PORT=str(ray_port))
+    assert f"The API cannot listen: port {ray_port} is held by " in _launch(PORT=str(ray_port))
 
 
 def test_launch_without_an_answer_from_ray(docker, operator):

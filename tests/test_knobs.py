@@ -9,7 +9,7 @@ PARSERS = "/root/.cache/huggingface/parsers"
 SUPER = "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4"
 FETCH = (
     "- # head",
-    '- : "${HF_TOKEN:?}"',
+    '- : "${HF_TOKEN:?}" &&',
     "- docker exec",
     "- -e HF_TOKEN",
     "- node-ray /bin/bash",

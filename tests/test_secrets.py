@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_the_nodes_containers_get_no_secret(inv):
 def test_the_server_takes_its_secrets_by_name(inv):
     """`docker exec` is told the names alone, and a pasted line stops where one that is required is missing."""
     out = inv("--dry launch --model nemotron", **SECRETS).out
-    serve = out[out.index(': "${HF_TOKEN:?}"\n: "${VLLM_API_KEY:?}"\ndocker exec') :]
+    serve = out[out.index(': "${HF_TOKEN:?}" && \\\n: "${VLLM_API_KEY:?}" && \\\ndocker exec') :]
     assert re.findall(r"^  -e (.*) \\$", serve, re.M) == ["HF_TOKEN", "VLLM_API_KEY"]
 
 
@@ -97,3 +98,16 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
     assert "marker7" not in said.out + said.err
     assert "marker7" not in (tmp_path / "seen.argv").read_text()
     assert {f"HF_TOKEN={HF}", f"VLLM_API_KEY={KEY}"} <= set((tmp_path / "seen.env").read_text().splitlines())
+
+
+def test_a_paste_at_a_prompt_stops_at_a_missing_secret(inv, tmp_path):
+    """An interactive bash goes on to the next line after `${NAME:?}`: so the command is on the same one."""
+    (tmp_path / "docker").write_text('#!/bin/sh\ntouch "$RAN"\n')
+    (tmp_path / "docker").chmod(0o755)
+    text = inv("--dry launch --model qwen-30b").out.split("\n\n")[0]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAN": str(tmp_path / "ran")}
+    for keys, ran in (({}, False), ({"VLLM_API_KEY": KEY}, True)):
+        subprocess.run(
+            ["bash", "--norc", "-i"], input=text + "\n", env=env | keys, text=True, capture_output=True, check=False
+        )
+        assert (tmp_path / "ran").exists() == ran

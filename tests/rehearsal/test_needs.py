@@ -1,0 +1,41 @@
+"""What is missing is said at once, with the line that installs it; nothing is touched."""
+
+import pytest
+
+from rehearsal import needs
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """A machine with no program at all, and the packages that a test names."""
+    monkeypatch.setattr(needs, "PATH", str(tmp_path))
+
+    def packages(*installed: str) -> str:
+        monkeypatch.setattr(needs, "_installed", lambda package: package in installed)
+        return str(needs.look(tmp_path))
+
+    return packages
+
+
+def test_one_message_names_all_that_is_missing_and_the_line_that_installs_it(bare):
+    """Programs first, then apt-get's words, which never remove anything."""
+    said = bare()
+    assert "dockerd, docker, docker-init, containerd, runc, ip, debootstrap" in said
+    assert said.count("apt-get install") == 1
+    assert "apt-get install --yes --no-install-recommends --no-remove" in said
+    assert " docker.io " in said
+
+
+def test_dockers_own_packages_are_never_mixed_with_debians(bare):
+    """Where one of Docker's own is installed, the rest of them are what is missing."""
+    said = bare("containerd.io")
+    assert "docker.io" not in said
+    assert "docker-ce docker-ce-cli" in said
+
+
+def test_nothing_is_said_where_nothing_is_missing(monkeypatch, tmp_path):
+    """An empty message: the rehearsal can run."""
+    monkeypatch.setattr(needs, "_packages", dict)
+    monkeypatch.setattr(needs, "_obstacles", lambda *_: [])
+    monkeypatch.setattr(needs.image, "KEYRING", tmp_path)
+    assert str(needs.look(tmp_path)) == ""

@@ -1,0 +1,66 @@
+"""Ray's token on stand-in Sparks: with it the nodes join and work, without it, or with another, nobody gets in."""
+
+import pytest
+from operating import inv
+from test_disagreements import ALLOW, check, joined
+
+pytestmark = pytest.mark.rehearsal
+ASK = "import ray; ray.init(address='10.0.0.1:6379', log_to_driver=False); print(len(ray.nodes()), 'nodes')"
+
+
+@pytest.fixture
+def token(sparks, tmp_path):
+    """Made by the task itself; a copy for the worker, and the environment that names each."""
+    files = [tmp_path / name / "auth_token" for name in ("head", "worker")]
+    made = inv(sparks[0], "token", RAY_AUTH_TOKEN_PATH=str(files[0]))
+    assert made.returncode == 0 and f"10.0.0.2:{files[0]}" in made.stderr, made.stderr
+    assert files[0].stat().st_mode & 0o777 == 0o600 and files[0].read_text() not in made.stderr
+    files[1].parent.mkdir()
+    files[1].write_text(files[0].read_text())
+    return [{"RAY_AUTH_TOKEN_PATH": str(file)} for file in files]
+
+
+def client(host, **env) -> str:
+    """What a Ray client says that comes from another container on the host."""
+    names = [word for name, value in env.items() for word in ("-e", f"{name}={value}")]
+    words = ["docker", "run", "--rm", "--network", "host", *names, "--entrypoint", "timeout", "rehearsal/vllm-ray"]
+    done = host.run(*words, "60", "python3", "-c", ASK, timeout=90)
+    return done.stdout + done.stderr
+
+
+def test_with_the_token_they_work_and_nobody_else_gets_in(sparks, terminal, token):
+    """Both nodes join and agree; the token is in no environment; a client without it, or with another, is refused."""
+    terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
+    terminal(sparks[1], "worker", "--model", "rehearsal", **token[1])
+    assert joined(sparks[0])
+    done = check(sparks[0])
+    assert done.returncode == 0, done.stderr
+    secret = (sparks[0].run("cat", token[0]["RAY_AUTH_TOKEN_PATH"])).stdout
+    assert secret and secret not in sparks[0].run("docker", "inspect", "node-ray").stdout
+    for env in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"}):
+        said = client(sparks[1], **env)
+        assert "nodes" not in said.splitlines()[-1] and "oken" in said
+    assert "2 nodes" in client(sparks[1], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secret)
+
+
+def test_a_worker_without_it_is_refused(sparks, terminal, token):
+    """Its own terminal says that it is about the token, and the head keeps one node."""
+    terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
+    worker = terminal(sparks[1], "worker", "--model", "rehearsal", RAY_AUTH_TOKEN_PATH="/none")
+    assert worker.process.wait(120) != 0
+    assert "oken" in worker.read()
+    found = check(sparks[0], "--allow", f"{ALLOW},nodes")
+    assert "10.0.0.2" not in found.stdout
+
+
+def test_a_second_token_is_not_made_over_the_first(sparks, token):
+    """All nodes would have to get the new one; that is a person's decision."""
+    again = inv(sparks[0], "token", **token[0])
+    assert again.returncode != 0 and "is there already" in again.stderr
+
+
+def test_without_a_token_the_head_says_what_is_open(sparks, terminal):
+    """And which task closes it."""
+    head = terminal(sparks[0], "head")
+    head.until("Ray runtime started")
+    assert "Ray runs code for anyone" in head.read() and "inv token" in head.read()
