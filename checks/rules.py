@@ -67,8 +67,8 @@ def variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """The same value of every forwarded variable, in every container, as the model's profile has it."""
     yield from _unknown("variables", nodes, "environment")
     for name in settings.forward:
-        values = {node.address: node.variable(name) for node in nodes}
-        if set(values.values()) != {settings[name]}:
+        values = {node.address: node.variable(name) for node in _telling(nodes, "environment")}
+        if set(values.values()) - {settings[name]}:
             told = ", ".join(f"{address} has {'none' if value is None else value}" for address, value in values.items())
             yield Finding(
                 "variables",
@@ -142,7 +142,8 @@ def network(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 def links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """Every link that a container uses is up, with the same MTU everywhere; another number of links is a warning."""
     yield from _unknown("links", nodes, "links")
-    for node in nodes:
+    told = _telling(nodes, "links", "environment")
+    for node in told:
         for netdev in sorted(_used(node)):
             state = node["links"].get(netdev, {}).get("state", "missing")
             if state != "up":
@@ -151,12 +152,12 @@ def links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
                     f"{node.address}: {netdev} is {state}, and its container was told to use it, which can stall NCCL. "
                     f"Check the cable, or bring that node up again without it: Ctrl-C, then {_bring_up(settings)}",
                 )
-    for node in nodes[1:]:
-        mine, theirs = _mtus(nodes[0]), _mtus(node)
+    for node in told[1:]:
+        mine, theirs = _mtus(told[0]), _mtus(node)
         if mine != theirs:
-            told = f"{nodes[0].address} has {_listed(mine)}, {node.address} has {_listed(theirs)}"
-            yield Finding("mtu", f"The MTU differs: {told}. Type on one: sudo ip link set NAME mtu 9000")
-        counts = [len((each.variable("NCCL_IB_HCA") or "").split(",")) for each in (nodes[0], node)]
+            sides = f"{told[0].address} has {_listed(mine)}, {node.address} has {_listed(theirs)}"
+            yield Finding("mtu", f"The MTU differs: {sides}. Type on one: sudo ip link set NAME mtu 9000")
+        counts = [len((each.variable("NCCL_IB_HCA") or "").split(",")) for each in (told[0], node)]
         if counts[0] != counts[1]:
             text = (
                 f"{nodes[0].address} uses {counts[0]} RoCE devices, {node.address} {counts[1]}: the slower side rules."
@@ -166,7 +167,7 @@ def links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 def nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """Where the nodes' lists of devices differ, the vLLM that will run leaves each its own."""
-    lists = {node.address: node.variable("NCCL_IB_HCA") for node in nodes}
+    lists = {node.address: node.variable("NCCL_IB_HCA") for node in _telling(nodes, "environment")}
     if len(set(lists.values())) > 1:
         vllm, kept = nodes[0]["vllm"], nodes[0]["own_variables"]
         # From 0.21 on a worker's own value wins (RayExecutorV2); before, the head's overwrote it unless it was listed.
@@ -199,6 +200,11 @@ def _unknown(rule: str, nodes: Sequence[Node], *facts: str) -> Iterator[Finding]
                 yield Finding(rule, f"{node.address}: {fact} could not be asked ({told.reason}), so it may be wrong.")
 
 
+def _telling(nodes: Sequence[Node], *facts: str) -> list[Node]:
+    """The nodes that could be asked for all of these facts."""
+    return [node for node in nodes if not any(isinstance(node[fact], Unknown) for fact in facts)]
+
+
 def _unlike(nodes: Sequence[Node], fact: str) -> Iterator[tuple[Node, object, object]]:
     """Each node whose fact is not the head's, with the head's and its own; unknown ones are told elsewhere."""
     for node in nodes[1:]:
@@ -214,8 +220,7 @@ def _used(node: Node) -> set[str]:
 
 
 def _mtus(node: Node) -> set[int]:
-    told = node["links"]
-    return set() if isinstance(told, Unknown) else {told[name]["mtu"] for name in _used(node) if name in told}
+    return {node["links"][name]["mtu"] for name in _used(node) if name in node["links"]}
 
 
 def _listed(items: set[int]) -> str:

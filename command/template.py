@@ -15,8 +15,8 @@ Lines = tuple[tuple[str, ...], ...]
 
 
 def printable(text: str) -> str:
-    """Return text unchanged; raise ValueError if it holds control characters, line separators or undecodable bytes."""
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text):
+    """Return text unchanged; raise ValueError for control or invisible characters, line ends and undecodable bytes."""
+    if any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in text):
         raise ValueError(text)
     return text
 

@@ -1,0 +1,120 @@
+"""Every disagreement has a rule of its own, and what could not be asked does not pass for fine."""
+
+import copy
+
+import pytest
+
+from checks import report, rules
+from checks.nodes import Node
+from settings import models, resolve
+
+ENV = {
+    "VLLM_HOST_IP": "10.0.0.1",
+    "TP_SOCKET_IFNAME": "enp1s0f1np1",
+    "NCCL_SOCKET_IFNAME": "enp1s0f0np0,enp1s0f1np1",
+    "NCCL_IB_HCA": "rocep1s0f0,rocep1s0f1",
+    "VLLM_NVFP4_GEMM_BACKEND": "marlin",
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
+    "VLLM_USE_FLASHINFER_MOE_FP4": "0",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
+FACTS = {
+    "host": "boot/1",
+    "gpus": ["NVIDIA GB10"],
+    "wrapper": {"sha256": "a", "words": "docker run --rm image:1"},
+    "image": "sha256:aa base@sha256:bb",
+    "environment": ENV,
+    "token": None,
+    "python": "3.12.3",
+    "ray": "2.60.0",
+    "vllm": "0.21.0",
+    "torch": "2.11.0",
+    "infiniband": ["uverbs0"],
+    "memlock": -1,
+    "ipc_lock": True,
+    "network": "10.0.0.0/24",
+    "links": {name: {"state": "up", "mtu": 9000} for name in ("enp1s0f0np0", "enp1s0f1np1")},
+    "own_variables": ["NCCL_IB_HCA"],
+}
+
+
+@pytest.fixture
+def found(operator):
+    """What the rules find on a head as it should be and a worker with some facts changed."""
+
+    def ask(ray_gpus=1, address="10.0.0.2", **changed):
+        facts = copy.deepcopy(FACTS) | {"host": "boot/2"} | changed
+        nodes = [Node("10.0.0.1", "spark-1", 1, copy.deepcopy(FACTS)), Node(address, "spark-2", ray_gpus, facts)]
+        return rules.findings(nodes, resolve.load(models.find("nemotron"), shell={"ENV_FILE": ""}))
+
+    return ask
+
+
+def test_two_that_agree(found):
+    """Nothing is found."""
+    assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "words", "changed"),
+    [
+        ("nodes", "needs 2 nodes with a GPU", {"ray_gpus": 0}),
+        ("hosts", "on the head's own machine (spark-1)", {"host": "boot/1"}),
+        ("gpus", "10.0.0.2 has 0 GPUs", {"gpus": []}),
+        ("wrapper", "10.0.0.2 alone has --privileged", {"wrapper": {"sha256": "b", "words": "docker --privileged"}}),
+        ("variables", "10.0.0.1 has marlin, 10.0.0.2 has cutlass", {
+            "environment": ENV | {"VLLM_NVFP4_GEMM_BACKEND": "cutlass"}}),
+        ("variables", "10.0.0.2 has none", {"environment": {
+            name: value for name, value in ENV.items() if name != "VLLM_ALLOW_LONG_MAX_MODEL_LEN"}}),
+        ("image", "built from different bases", {"image": "sha256:cc base@sha256:dd"}),
+        ("versions", "ray is 2.60.0 on 10.0.0.1 and 2.59.0 on 10.0.0.2", {"ray": "2.59.0"}),
+        ("rdma", "no device in /dev/infiniband", {"infiniband": []}),
+        ("rdma", "IPC_LOCK", {"ipc_lock": False}),
+        ("memlock", "may lock 8192 KiB", {"memlock": 8 * 2**20}),
+        ("network", "10.0.0.2 in 10.0.9.0/24", {"network": "10.0.9.0/24"}),
+        ("links", "10.0.0.2: enp1s0f0np0 is down", {
+            "links": FACTS["links"] | {"enp1s0f0np0": {"state": "down", "mtu": 9000}}}),
+        ("mtu", "10.0.0.2 has 1500", {"links": {name: {"state": "up", "mtu": 1500} for name in FACTS["links"]}}),
+        ("token", "10.0.0.1 has none, 10.0.0.2 another", {"token": "hmac:1"}),
+    ],
+)  # fmt: skip
+def test_each_disagreement_is_refused_by_its_rule(found, rule, words, changed):
+    """By one rule alone, with both sides and what to type, under a name that --allow takes."""
+    said = [one for one in found(**changed) if one.refuses]
+    assert {one.rule for one in said} == {rule} and rule in report.RULES
+    assert words in said[0].text
+
+
+@pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "environment"}])
+def test_what_could_not_be_asked_is_refused(found, fact):
+    """A probe that failed is not a node that is fine."""
+    said = found(**{fact: {"unknown": "it broke"}})
+    assert any(one.refuses and "it broke" in one.text for one in said)
+
+
+def test_a_node_that_does_not_answer_at_all_is_refused(found):
+    """Every rule that needs one of its facts says so."""
+    assert all("silent" in one.text for one in found(**{fact: {"unknown": "silent"} for fact in FACTS}) if one.refuses)
+
+
+def test_another_build_of_one_base_is_a_warning(found):
+    """With the line that would mend it."""
+    (said,) = found(image="sha256:cc base@sha256:bb")
+    assert not said.refuses and "docker save local/vllm-ray:26.05.post1 | ssh 10.0.0.2 docker load" in said.text
+
+
+@pytest.mark.parametrize(
+    ("vllm", "kept", "refused"), [("0.21.0", [], 0), ("0.20.1", [], 1), ("0.20.1", ["NCCL_IB_HCA"], 0)]
+)
+def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
+    """A worker's own list survives vLLM 0.21 and later, and earlier ones only where it is listed as each node's own."""
+    operator.setitem(FACTS, "vllm", vllm)
+    operator.setitem(FACTS, "own_variables", kept)
+    said = found(environment=ENV | {"NCCL_IB_HCA": "roceP2p1s0f0,rocep1s0f1"})
+    assert [one.rule for one in said] == ["nic-lists"] and said[0].refuses == bool(refused)
+
+
+def test_tcp_on_purpose_needs_no_rdma(found, operator):
+    """NCCL_IB_DISABLE=1 is an answer to the question about devices."""
+    operator.setitem(FACTS, "environment", ENV | {"NCCL_IB_DISABLE": "1"})
+    assert found(infiniband=[], memlock=65536) == []
