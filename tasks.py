@@ -63,8 +63,19 @@ def launch(c: Context, model: str, max_len: str | None = None, allow: str | None
     server.launch(found.settings)
 
 
-@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "json": "for a machine, on standard output"})
-def check(c: Context, model: str, max_len: str | None = None, allow: str | None = None, json: bool = False) -> None:
+@verb(help={
+    "model": MODEL, "max-len": MAX_LEN, "allow": ALLOW,
+    "json": "for a machine, on standard output",
+    "fabric": "prove the data plane too, by an all-reduce between the nodes' GPUs",
+})  # fmt: skip
+def check(
+    c: Context,
+    model: str,
+    max_len: str | None = None,
+    allow: str | None = None,
+    json: bool = False,
+    fabric: bool = False,
+) -> None:
     """Find what would go wrong, without loading anything."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
@@ -75,6 +86,9 @@ def check(c: Context, model: str, max_len: str | None = None, allow: str | None 
     head = guards.the_head(settings)
     guards.ray_answers(settings)
     found = inspection.inspect(settings, head)
+    if fabric:
+        guards.nothing_serves(head)
+        found = inspection.proved(found, head)
     if json:
         print(report.as_json(found))
     report.tell(found, allowed)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checks import demand as demands
-from checks import footprint, gates, image, limits, memory, nodes, options, rules
+from checks import fabric, footprint, gates, image, limits, memory, nodes, options, rules
 from checks.fields import CannotKnow
 from checks.finding import Finding
 from checks.memory import Budget, Host
@@ -50,6 +50,13 @@ def inspect(settings: Settings, head: Container) -> Inspection:
     asked = nodes.ask(head, settings.forward)
     budgets, unfit = reckon(settings, [_memory(one) for one in asked], known.vllm, _cache(settings))
     return Inspection(settings, asked, budgets, [*rules.findings(asked, settings), *unfit, *found], said)
+
+
+def proved(found: Inspection, head: Container) -> Inspection:
+    """The same with what an all-reduce between the nodes showed; raises Exit if Ray could not be asked."""
+    seen = fabric.ask(head)
+    said, unfit = fabric.summary(seen), fabric.findings(seen)
+    return replace(found, findings=[*found.findings, *unfit], said=[*found.said, *said])
 
 
 def foresee(settings: Settings) -> Inspection:

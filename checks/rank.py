@@ -7,7 +7,8 @@ from typing import Any
 from checks import nccl_log
 from checks.nccl_log import Transport
 
-_KILLED = 137  # what timeout(1) says of a process that it killed
+# timeout(1) sends KILL to its own process too: subprocess says -9, and a shell 137.
+_KILLED = (-9, 137)
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,4 @@ def read(told: dict[str, Any]) -> Rank:
 
 def _why(status: int, log: str, chosen: Transport) -> str:
     over = f", over {chosen}" if chosen.names else ""
-    return f"{'it hung' if status == _KILLED else f'status {status}'}{over}: {nccl_log.complaint(log)[:300]}"
+    return f"{'it hung' if status in _KILLED else f'status {status}'}{over}: {nccl_log.complaint(log)[:300]}"

@@ -59,8 +59,7 @@ def before_launch(settings: Settings) -> Container:
     if missing:
         raise Exit(f"{' and '.join(missing)} must be set for {settings.model.name}: in .env, or in the shell.")
     _forwarded(settings, head)
-    if is_serving(head):
-        raise Exit("A server runs in this container already. Type: inv stop")
+    nothing_serves(head)
     if obstacle := ports.obstacle(settings["HOST"], int(settings["PORT"])):
         raise Exit(f"The API cannot listen: {obstacle}. Set HOST, or another port: PORT=8001 inv launch ...")
     ray_answers(settings)
@@ -78,6 +77,12 @@ def before_stop() -> None:
     """Refuse to stop what does not run."""
     if not is_serving(running_node("There is nothing to stop.")):
         raise Exit("No server runs in this node's container.")
+
+
+def nothing_serves(head: Container) -> None:
+    """Refuse where a server has the GPUs."""
+    if is_serving(head):
+        raise Exit("A server runs in this container already. Type: inv stop")
 
 
 def is_serving(head: Container) -> bool:

@@ -16,6 +16,7 @@ from invoke.parser import Parser
 
 import tasks
 from host import links
+from settings import envfile
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden")
@@ -31,6 +32,9 @@ SPARK = (
 # What `inv` makes anew for every line typed, made once.
 PARSERS = {task.name: Parser(contexts=[task]) for task in tasks.ns.to_contexts()}
 CONTEXTS = {dry: Context(Config(overrides={"run": {"dry": dry}})) for dry in (True, False)}
+# And the project's own profiles, which no test changes, read once.
+_fresh, _once = envfile.read, cache(envfile.read)
+envfile.read = lambda file: dict(_once(file)) if file.parent.parent == ROOT else _fresh(file)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = sorted(file for file in ROOT.glob("*/*.j2") if file.parent.name != "tests")
 # Scripts that run in a container: no settings are read there, and no command of this project starts.
-INSIDE = ("cluster/ask_options.py", "checks/probe.py", "cluster/memory_guard.py", "checks/ask_fabric.py")
+INSIDE = (
+    "cluster/ask_options.py",
+    "checks/probe.py",
+    "cluster/memory_guard.py",
+    "checks/ask_fabric.py",
+    "checks/all_reduce.py",
+)
 ROOMS = ("checks", "cluster", "command", "host", "settings")
 MODULES = [file for room in ROOMS for file in (ROOT / room).glob("*.py") if f"{room}/{file.name}" not in INSIDE]
 STARTS = r"\b(subprocess|Popen|os\.(exec\w+|spawn\w+|system|popen|fork)|pty|c\.run|c\.sudo|asyncio)\b"

@@ -2,7 +2,7 @@
 
 import pytest
 from operating import inv
-from test_disagreements import ALLOW, check, joined
+from test_nodes_disagree import ALLOW, check, joined
 
 pytestmark = pytest.mark.rehearsal
 ASK = "import ray; ray.init(address='10.0.0.1:6379', log_to_driver=False); print(len(ray.nodes()), 'nodes')"
