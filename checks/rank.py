@@ -7,7 +7,7 @@ from typing import Any
 from checks import nccl_log
 from checks.nccl_log import Transport
 
-# timeout(1) sends KILL to its own process too: subprocess says -9, and a shell 137.
+# timeout(1) sends KILL to its own process too: Python says -9 of it, and a shell 137.
 _KILLED = (-9, 137)
 
 

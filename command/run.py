@@ -64,11 +64,13 @@ def show(*commands: Command) -> None:
     """Print the commands to standard output, and nothing else; a reader that has seen enough (`| head`) ends it."""
     if sys.stdout is None:
         raise Exit("Standard output is closed: there is nowhere to print the command lines.")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         print("\n\n".join(command.text for command in commands), flush=True)
     except OSError as error:
         raise Exit(f"Standard output cannot be written: {error.strerror}.") from None
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 def run(command: Command) -> None:

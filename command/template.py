@@ -16,7 +16,7 @@ Lines = tuple[tuple[str, ...], ...]
 
 def printable(text: str) -> str:
     """Return text unchanged; raise ValueError for control or invisible characters, line ends and undecodable bytes."""
-    if any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in text):
+    if not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in text):
         raise ValueError(text)
     return text
 

@@ -1,8 +1,6 @@
-"""The cache's arithmetic against vLLM's own get_kv_cache_configs, in the stand-in image or another Python with it."""
+"""The cache's arithmetic against vLLM's own get_kv_cache_configs, in the stand-in image."""
 
 import json
-import os
-import subprocess
 from itertools import product
 from pathlib import Path
 
@@ -13,13 +11,12 @@ from checks.demand import Demand
 from checks.fields import CannotKnow
 from checks.footprint import GIB
 from checks.options import version
+from rehearsal.flow import IMAGE
 from settings.models import ROOT, known
 
-ASK = Path(__file__).with_name("data") / "kv_cache_configs.py"
-# A python that has vLLM, of another version too: VLLM_PYTHON=/path/to/python, VLLM_VERSION=0.21.0.
-PYTHON = os.environ.get("VLLM_PYTHON", "").split() or ["docker", "run", "--rm", "-i", "--entrypoint", "python3"]
-IMAGE = [] if os.environ.get("VLLM_PYTHON") else ["rehearsal/vllm-ray"]
-VERSION = version(os.environ.get("VLLM_VERSION", "0.32.0"))
+ASK = Path(__file__).with_name("kv_cache_configs.py")
+QUIET = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+VERSION = version("0.32.0")
 
 
 def shapes():
@@ -87,15 +84,12 @@ def everything():
 
 
 @pytest.mark.rehearsal
-def test_vllm_itself_cuts_every_cache_the_same_way():
+def test_vllm_itself_cuts_every_cache_the_same_way(rig):
     """Blocks, concurrency and tokens are vLLM's for thousands of shapes, and so is what it refuses, to the token."""
     cases, expected = zip(*everything(), strict=True)
-    quiet = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
-    told = [] if not IMAGE else [word for name, value in quiet.items() for word in ("-e", f"{name}={value}")]
-    command = [*PYTHON, *told, *IMAGE, *([str(ASK)] if not IMAGE else ["-c", ASK.read_text()])]
-    done = subprocess.run(
-        command, input=json.dumps(cases), capture_output=True, text=True, env=os.environ | quiet, check=False
-    )
+    quiet = [word for name, value in QUIET.items() for word in ("-e", f"{name}={value}")]
+    words = ("docker", "run", "--rm", "-i", *quiet, "--entrypoint", "python3", IMAGE, "-c", ASK.read_text())
+    done = rig.hosts[0].run(*words, input=json.dumps(cases), stdin=None)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads(done.stdout)
     wrong = [
