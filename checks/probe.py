@@ -20,7 +20,7 @@ from importlib.metadata import version
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-SECONDS = 10
+SECONDS = 15
 CARRIED_BY_NONE = "~/.config/vllm/ray_non_carry_over_env_vars.json"
 PREFIXES = ("VLLM_", "NCCL_", "UCX_", "GLOO_", "TP_", "OMPI_")
 

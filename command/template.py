@@ -44,7 +44,12 @@ def _environment() -> Environment:
 def render(name: str, **values: object) -> Lines:
     """Render the template called name to lines of words; raises jinja2.UndefinedError for a name without a value."""
     text = _loaded(name).render(values)
-    return tuple(tuple(shlex.split(line)) for line in text.split("\n") if line.strip())
+    return tuple(_words(line) for line in text.split("\n") if line.strip())
+
+
+def _words(line: str) -> tuple[str, ...]:
+    # shlex reads letter by letter, which every start would feel; a line without a quote needs no more than its spaces.
+    return tuple(shlex.split(line) if {"'", '"', "\\"} & set(line) else line.split())
 
 
 def _loaded(name: str) -> Template:

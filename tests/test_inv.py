@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.rehearsal  # dozens of shells each: slow, though they need no Sparks
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.lock").read_text()
 REAL = ("sh", "cmp", "cp", "env", "flock", "ln", "mkdir", "readlink", "rm", "sleep", "su")
@@ -295,7 +296,6 @@ def test_the_scripts_are_clean():
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.rehearsal
 def test_a_fresh_copy_lists_its_tasks(tmp_path: Path):
     """On first use the real thing is installed from PyPI by pip, and is quick and silent at the second."""
     shutil.copytree(ROOT, tmp_path / "fresh", ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
