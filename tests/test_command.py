@@ -106,8 +106,9 @@ def test_become_is_the_program():
         assert child.status() == 7
 
 
-def test_become_refuses_what_is_not_there():
+def test_become_refuses_what_is_not_there(monkeypatch):
     """No docker on the PATH is a sentence."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # a folder on it that cannot be read would be another sentence
     before = signal.getsignal(signal.SIGPIPE)
     with pytest.raises(Exit, match=r"no-such-program cannot be started: No such file or directory\."):
         run.become(Command((("no-such-program",),)))
