@@ -10,7 +10,7 @@ from cluster import health as looks
 from cluster import plan as planned
 from cluster import token as tokens
 from command import run
-from command.run import Command
+from command.command import Command, say, show
 from host import links
 from settings import models, resolve
 from settings.resolve import Settings
@@ -54,7 +54,7 @@ def launch(c: Context, model: str, max_len: str | None = None, allow: str | None
     """Check every node, serve a model, follow its log."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
-        return run.show(*server.commands(settings))
+        return show(*server.commands(settings))
     from checks import inspection, report
 
     allowed = report.rule_names(allow)
@@ -124,7 +124,7 @@ def stop(c: Context) -> None:
 def health(c: Context) -> None:
     """Report on Ray, the API and the GPU."""
     if c.config.run.dry:
-        return run.show(looks.gpu(), looks.gpu_inside())
+        return show(looks.gpu(), looks.gpu_inside())
     if not looks.report(_settings(None)):
         raise Exit(code=1)
 
@@ -133,7 +133,7 @@ def health(c: Context) -> None:
 def cleanup(c: Context, yes: bool = False) -> None:
     """Show what earlier runs left here, ask, remove it."""
     if c.config.run.dry:
-        return run.show(leftovers.removal())
+        return show(leftovers.removal())
     leftovers.clean(_settings(None), yes)
 
 
@@ -144,7 +144,7 @@ def plan(c: Context, model: str, max_len: str | None = None) -> None:
     from checks import inspection, report
 
     report.foretell(inspection.foresee(settings))
-    run.show(*planned.commands(settings))
+    show(*planned.commands(settings))
 
 
 @verb(help={
@@ -184,30 +184,30 @@ def _no_dry(c: Context, name: str) -> None:
 
 def _settings(model: str | None, **flags: str | None) -> Settings:
     settings = resolve.load(models.find(model) if model is not None else None, flags)
-    run.say(*settings.notes, *settings.overridden())
+    say(*settings.notes, *settings.overridden())
     return settings
 
 
 def _network(settings: Settings) -> node.Network:
     found = links.read(settings["SYSFS"])
     net = node.network(settings, found)
-    run.say(*links.remarks(found), *node.remarks(net))
+    say(*links.remarks(found), *node.remarks(net))
     return net
 
 
 def _each(c: Context, commands: list[Command]) -> None:
     if c.config.run.dry:
-        return run.show(*commands)
+        return show(*commands)
     for command in commands:
         run.run(command)
 
 
 def _bring_up(c: Context, commands: list[Command]) -> None:
     if c.config.run.dry:
-        return run.show(*commands)
+        return show(*commands)
     *before, container = commands
     _each(c, before)
-    run.say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
+    say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
     run.become(container)
 
 

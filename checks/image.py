@@ -11,7 +11,7 @@ from invoke import Exit
 from checks import options
 from checks.options import Known
 from cluster import node
-from command.run import say
+from command.command import say
 from host import engine
 from settings.resolve import Settings
 

@@ -8,7 +8,7 @@ from invoke import Exit
 from checks import memory
 from checks.finding import Finding
 from checks.inspection import Inspection
-from command.run import say
+from command.command import say
 
 
 def tell(found: Inspection, allowed: Sequence[str] = ()) -> None:

@@ -15,7 +15,7 @@ from invoke import Exit
 
 from cluster import node, server
 from command import run
-from command.run import Command, say
+from command.command import Command, say
 from settings.resolve import Settings
 
 if TYPE_CHECKING:

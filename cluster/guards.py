@@ -9,7 +9,7 @@ from invoke import Exit
 
 from cluster import server, token
 from cluster.node import CONTAINER, RAY_PORT, Network
-from command.run import say
+from command.command import say
 from host import engine, ports
 from settings.resolve import Settings
 

@@ -7,7 +7,7 @@ from invoke import Exit
 from cluster import guards
 from cluster.node import CONTAINER
 from command import run, template
-from command.run import Command, say
+from command.command import Command, say
 from settings.resolve import Settings
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from invoke import Exit
 
 from command import template
-from command.run import Command
+from command.command import Command
 from settings.names import DEFAULT_BASE_IMAGE
 from settings.resolve import Settings
 

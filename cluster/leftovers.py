@@ -9,7 +9,7 @@ from invoke import Exit
 
 from cluster.node import CONTAINER, RAY_PORT
 from command import run, template
-from command.run import Command, say
+from command.command import Command, say
 from host import engine, ports
 from settings.resolve import Settings
 

@@ -9,7 +9,7 @@ from invoke import Exit
 
 from cluster import token
 from command import template
-from command.run import Command
+from command.command import Command
 from host import links
 from host.links import Link
 from settings.resolve import Settings

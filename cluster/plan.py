@@ -3,7 +3,7 @@
 import re
 
 from cluster import node, server
-from command.run import Command, say
+from command.command import Command, say
 from host import links
 from host.links import Link
 from settings.models import ROOT

@@ -7,7 +7,7 @@ from invoke import Exit
 
 from cluster import node
 from command import run, template
-from command.run import Command
+from command.command import Command, say
 from command.template import Lines
 from settings.names import SECRETS
 from settings.resolve import Settings
@@ -89,17 +89,17 @@ def launch(settings: Settings) -> None:
         with run.following(follow()) as log:
             log.wait()
     except KeyboardInterrupt:
-        run.say("Ctrl-C: the server is asked to stop.")
+        say("Ctrl-C: the server is asked to stop.")
         run.run_whole(stop())
         raise Exit("The server is stopped; Ray is still up.", code=130) from None
     raise Exit(f"The server has ended. Its log: docker exec {node.CONTAINER} tail -n 200 {LOG}")
 
 
 def _fetched(command: Command) -> None:
-    run.say(command.text)
+    say(command.text)
     try:
         said = run.output(command, seconds=None).splitlines()
-        run.say(f"It is here, from commit {said[-1] if said else 'unknown'}.")
+        say(f"It is here, from commit {said[-1] if said else 'unknown'}.")
     except Exit as error:
         raise Exit(
             f"The reasoning parser could not be fetched: {error.message}\nWithout it the server would not start. Mend "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from invoke import Exit
 
-from command.run import say
+from command.command import say
 from settings.resolve import Settings
 
 INSIDE = "/run/ray_auth_token"

@@ -1,1 +1,1 @@
-"""A command line from template to process: `template` writes its words, `run` shows them, starts or becomes them."""
+"""A command line from template to process: `template` writes its words, `command` shows them, `run` starts them."""

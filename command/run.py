@@ -5,72 +5,13 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 from invoke import Exit
 
-from command import template
-from command.template import Lines
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command line and what it takes by name.
-
-    `where` says on which node it runs, `env` what is exported for it, `asks` commands whose output is exported,
-    `needs` the secrets that it must have, `secrets` those that are handed on, `stdin` the file that it reads.
-    """
-
-    lines: Lines
-    where: str = ""
-    env: Mapping[str, str] = field(default_factory=dict)
-    asks: Mapping[str, Lines] = field(default_factory=dict)
-    needs: Sequence[str] = ()
-    secrets: Mapping[str, str] = field(default_factory=dict)
-    stdin: Path | None = None
-
-    @property
-    def words(self) -> list[str]:
-        """The command as execve takes it."""
-        return template.words(self.lines)
-
-    @property
-    def text(self) -> str:
-        """The command as a person pastes it into bash, what it takes by name before it. No secret's value is in it."""
-        said = [f"# {self.where}"] if self.where else []
-        said += [f"export {name}={shlex.quote(value)}" for name, value in self.env.items()]
-        said += [f'export {name}="$({shlex.join(template.words(lines))})"' for name, lines in self.asks.items()]
-        # One list with the command: an interactive bash would go on to the next line without the secret.
-        said += [f': "${{{name}:?}}" && \\' for name in (*self.asks, *self.needs)]
-        read = f" \\\n  < {shlex.quote(str(self.stdin))}" if self.stdin else ""
-        return "\n".join([*said, template.text(self.lines) + read])
-
-    def environ(self) -> dict[str, str]:
-        """This process's environment with what the command takes by name."""
-        return {**os.environ, **self.env, **self.secrets}
-
-
-def say(*lines: str) -> None:
-    """Tell the person something: on standard error, which leaves standard output to command lines."""
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
-
-
-def show(*commands: Command) -> None:
-    """Print the commands to standard output, and nothing else; a reader that has seen enough (`| head`) ends it."""
-    if sys.stdout is None:
-        raise Exit("Standard output is closed: there is nowhere to print the command lines.")
-    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        print("\n\n".join(command.text for command in commands), flush=True)
-    except OSError as error:
-        raise Exit(f"Standard output cannot be written: {error.strerror}.") from None
-    finally:
-        signal.signal(signal.SIGPIPE, before)
+from command.command import Command, say
 
 
 def run(command: Command) -> None:

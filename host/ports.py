@@ -7,7 +7,7 @@ import socket
 from invoke import Exit
 
 from command import run
-from command.run import Command
+from command.command import Command
 
 
 def answers(address: str, port: int, timeout: float = 2.0) -> bool:

@@ -7,7 +7,7 @@ from typing import NoReturn
 from invoke import Exit
 
 from command import run
-from command.run import Command, say
+from command.command import Command, say
 from rehearsal import flow, needs, place, sweep
 from rehearsal.hosts import INV
 from rehearsal.rig import Rig

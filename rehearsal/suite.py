@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from command import run
-from command.run import Command
+from command.command import Command
 from rehearsal import needs, stage
 from rehearsal.hosts import INV
 from settings.models import ROOT

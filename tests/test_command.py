@@ -14,7 +14,7 @@ from invoke import Exit
 from jinja2 import UndefinedError
 
 from command import run, template
-from command.run import Command
+from command.command import Command
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from invoke import Exit
 
 from cluster import health, image, leftovers, plan, server
 from command import template
-from command.run import Command
+from command.command import Command
 from settings import models, resolve
 from settings.resolve import Settings
 
