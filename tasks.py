@@ -1,24 +1,26 @@
 """The table of contents: what `inv` can do on each node. What a task says goes to standard error; command lines
 alone go to standard output. What no dry run needs is imported where it is used."""
 
+from collections.abc import Callable
 from functools import partial
 
 from invoke import Collection, Context, Exit, Task, task
 
-from cluster import guards, image, leftovers, node, server
-from cluster import health as looks
+from cluster import detached, guards, image, leftovers, node, server
+from cluster import logs as kept
 from cluster import plan as planned
 from cluster import token as tokens
 from command import run
 from command.command import Command, say, show
-from host import links
-from settings import models, resolve
+from host import engine, links
+from settings import models, resolve, version
 from settings.resolve import Settings
 
 verb = partial(task, auto_shortflags=False)
 
 MODEL = "the model, by the name of its profile: " + ", ".join(models.known())
 START = "a model whose variables are forwarded and whose image is used"
+DETACH = "come back once Ray runs; inv logs --node has its log"
 ALLOW = "rules to pass over, comma separated; each finding names its own"
 MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 256k (256000)"
 
@@ -29,38 +31,116 @@ def build_image(c: Context, base_image: str | None = None, tag: str | None = Non
     _each(c, [image.build(_settings(None, BASE_IMAGE=base_image, TAG=tag))])
 
 
-@verb(help={"model": START})
-def head(c: Context, model: str | None = None) -> None:
-    """Bring this node up as the head, in the foreground."""
+@verb(help={"model": START, "detach": DETACH})
+def head(c: Context, model: str | None = None, detach: bool = False) -> None:
+    """Bring this node up as the head."""
     settings = _settings(model)
     net = _network(settings)
-    if not c.config.run.dry:
-        guards.before_head(settings, net)
-    _bring_up(c, node.head(settings, net))
+    _bring_up(c, node.head(settings, net, detach), lambda: guards.before_head(settings, net))
 
 
-@verb(help={"model": START, "head-ip": "the head's address on the control link (HEAD_NODE_IP)"})
-def worker(c: Context, model: str | None = None, head_ip: str | None = None) -> None:
-    """Bring this node up as a worker, in the foreground."""
+@verb(help={
+    "model": START, "detach": DETACH,
+    "head-ip": "the head's address on the control link (HEAD_NODE_IP)",
+    "repository": "refuse unless this repository's files have this sha256, as the head's have",
+})  # fmt: skip
+def worker(
+    c: Context,
+    model: str | None = None,
+    head_ip: str | None = None,
+    detach: bool = False,
+    repository: str | None = None,
+) -> None:
+    """Bring this node up as a worker."""
+    version.check(repository)
     settings = _settings(model, HEAD_NODE_IP=head_ip)
     net = _network(settings)
-    if not c.config.run.dry:
-        guards.before_worker(settings, net)
-    _bring_up(c, node.worker(settings, net))
+    _bring_up(c, node.worker(settings, net, detach), lambda: guards.before_worker(settings, net))
 
 
-@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW})
-def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None) -> None:
+@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": "come back at once; inv logs has the log"})
+def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
-        return show(*server.commands(settings))
+        return show(*server.commands(settings, detach))
     from checks import inspection, report
+    from vitals import load
 
     allowed = report.rule_names(allow)
     found = inspection.inspect(settings, guards.before_launch(settings))
     report.tell(found, allowed)
-    server.launch(found.settings)
+    load.launch(found.settings, [one.address for one in found.nodes], detach)
+
+
+@verb(help={
+    "model": MODEL, "max-len": MAX_LEN, "allow": ALLOW,
+    "keep": "leave what has started as it is, even if a later step fails",
+    "fabric": "prove the data plane too, by an all-reduce between the nodes' GPUs",
+})  # fmt: skip
+def up(
+    c: Context,
+    model: str,
+    max_len: str | None = None,
+    allow: str | None = None,
+    keep: bool = False,
+    fabric: bool = False,
+) -> None:
+    """Bring all nodes up from the head, serve a model."""
+    from fleet import up as fleet
+
+    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    net = _network(settings)
+    if c.config.run.dry:
+        return show(*fleet.commands(settings, net))
+    from checks import report
+
+    fleet.up(settings, net, report.rule_names(allow), keep, fabric)
+
+
+@verb(help={"here": "only this node", "head-ip": "only if it is of this head"})
+def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
+    """End the server and take all nodes down."""
+    from fleet import down as fleet
+
+    settings = _settings(None)
+    if c.config.run.dry:
+        return show(*([leftovers.removal()] if here else fleet.commands(settings)))
+    if here:
+        fleet.here(head_ip)
+    else:
+        fleet.down(settings)
+
+
+@verb(help={"json": "for a machine, on standard output"})
+def status(c: Context, json: bool = False) -> None:
+    """Tell what runs on which node, since when."""
+    settings = _settings(None)
+    if c.config.run.dry:
+        return
+    from fleet import status as fleet
+
+    fleet.report(settings, json)
+
+
+@verb(help={"node": "the node's own log, not its server's", "follow": "go on with what comes"})
+def logs(c: Context, node: bool = False, follow: bool = False) -> None:
+    """Show the server's log, or this node's own."""
+    shown = kept.shown(_settings(None), node, follow)
+    if c.config.run.dry:
+        return show(shown)
+    kept.become(shown)
+
+
+@verb(help={"url": "where the API is, such as http://10.0.0.1:8000"})
+def watch(c: Context, url: str) -> None:
+    """From a third machine: run a hook when it fails."""
+    settings = _settings(None)
+    if c.config.run.dry:
+        return
+    from vitals import watch as watching
+
+    watching.watch(settings, url)
 
 
 @verb(help={
@@ -100,9 +180,9 @@ def memory(c: Context, csv: str | None = None) -> None:
     settings = _settings(None)
     if c.config.run.dry:
         return
-    from checks import watch
+    from vitals import memory as seen
 
-    watch.watch(guards.the_head(settings), settings, csv)
+    seen.watch(guards.the_head(settings), settings, csv)
 
 
 @verb()
@@ -120,13 +200,14 @@ def stop(c: Context) -> None:
     _each(c, [server.stop()])
 
 
-@verb()
-def health(c: Context) -> None:
-    """Report on Ray, the API and the GPU."""
+@verb(help={"json": "for a machine, on standard output"})
+def health(c: Context, json: bool = False) -> None:
+    """Tell how the cluster is; the exit status says it."""
+    from vitals import health as looks
+
     if c.config.run.dry:
         return show(looks.gpu(), looks.gpu_inside())
-    if not looks.report(_settings(None)):
-        raise Exit(code=1)
+    raise Exit(code=looks.report(_settings(None), json).code)
 
 
 @verb(help={"yes": "do not ask"})
@@ -202,13 +283,19 @@ def _each(c: Context, commands: list[Command]) -> None:
         run.run(command)
 
 
-def _bring_up(c: Context, commands: list[Command]) -> None:
+def _bring_up(c: Context, commands: list[Command], guard: Callable[[], None]) -> None:
     if c.config.run.dry:
         return show(*commands)
     *before, container = commands
+    if container.log and detached.runs_already(container):
+        return
+    guard()
     _each(c, before)
     say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
-    run.become(container)
+    if not container.log:
+        run.become(container)
+    detached.start(container)
+    print(engine.node().id)
 
 
 def _launcher(model: models.Model) -> Task:
@@ -222,6 +309,9 @@ def _launcher(model: models.Model) -> Task:
     return launch_model
 
 
-ns = Collection(build_image, head, worker, launch, check, memory, token, stop, health, cleanup, plan, rehearse, suite)
+ns = Collection(
+    build_image, head, worker, launch, up, down, status, logs, check, memory, token, stop, health, watch, cleanup, plan,
+    rehearse, suite,
+)  # fmt: skip
 for each in models.known().values():
     ns.add_task(_launcher(each))

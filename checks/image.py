@@ -27,7 +27,7 @@ def known(head: Container, settings: Settings) -> Known:
 
     Kept on this host by image id; else the file that `inv build-image` put into the image, or the image's vLLM itself.
     """
-    kept = Path(node.mounts(settings)[node.LOGS]) / f"options-{head.image.id.removeprefix('sha256:')[:12]}.json"
+    kept = node.logs(settings) / f"options-{head.image.id.removeprefix('sha256:')[:12]}.json"
     try:
         return options.known(json.loads(kept.read_text()))
     except (OSError, ValueError):

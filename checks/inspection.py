@@ -13,6 +13,7 @@ from checks.fields import CannotKnow
 from checks.finding import Finding
 from checks.memory import Budget, Host
 from checks.nodes import Node, Unknown
+from checks.options import Known
 from cluster import node, server
 from command import template
 from host import engine
@@ -40,16 +41,21 @@ class Inspection:
 def inspect(settings: Settings, head: Container) -> Inspection:
     """Ask the image, every node and the arithmetic; raises Exit if the image or Ray could not be asked."""
     known = image.known(head, settings)
-    serving = gates.Serving(
-        settings.model, server.values(settings), known, engine.environment(head), launch_line(settings)
-    )
-    said, found = (), gates.refusals(serving)
-    if settings["IMAGE_GATES"] == "auto":
-        turned = gates.gates(serving)
-        settings, said, found = settings.emptied(turned.overrides, "IMAGE_GATES=auto"), turned.said, turned.findings
+    settings, said, found = gated(settings, head, known)
     asked = nodes.ask(head, settings.forward)
     budgets, unfit = reckon(settings, [_memory(one) for one in asked], known.vllm, _cache(settings))
     return Inspection(settings, asked, budgets, [*rules.findings(asked, settings), *unfit, *found], said)
+
+
+def gated(settings: Settings, head: Container, known: Known) -> tuple[Settings, Sequence[str], Sequence[Finding]]:
+    """The settings to go on with where the image lacks options, what to say of it, and what is wrong even then."""
+    serving = gates.Serving(
+        settings.model, server.values(settings), known, engine.environment(head), launch_line(settings)
+    )
+    if settings["IMAGE_GATES"] != "auto":
+        return settings, (), gates.refusals(serving)
+    turned = gates.gates(serving)
+    return settings.emptied(turned.overrides, "IMAGE_GATES=auto"), turned.said, turned.findings
 
 
 def proved(found: Inspection, head: Container) -> Inspection:

@@ -82,6 +82,13 @@ def network():
     return f"{socket.inet_ntoa(masked)}/{sum(bin(byte).count('1') for byte in mask)}"
 
 
+def since():
+    # When the container's first process started, in seconds since 1970 (proc(5)).
+    booted = next(line for line in read("/proc/stat").splitlines() if line.startswith("btime"))
+    ticks = int(read("/proc/1/stat").rpartition(")")[2].split()[19])
+    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def links():
     found = {}
     for folder in glob.glob("/sys/class/net/*"):
@@ -110,6 +117,7 @@ def facts(key, names):
         "host": host,
         "gpus": gpus,
         "memory": memory,
+        "since": since,
         "wrapper": lambda: {"sha256": os.environ["NODE_RAY_WRAPPER_SHA256"], "words": os.environ["NODE_RAY_WRAPPER"]},
         "image": lambda: os.environ["NODE_RAY_IMAGE"],
         "environment": lambda: environment(key, names),

@@ -55,15 +55,20 @@ def before_worker(settings: Settings, net: Network) -> None:
 def before_launch(settings: Settings) -> Container:
     """Refuse to load a model where the head, its variables or its ports are not what it needs; the head's container."""
     head = the_head(settings)
-    missing = [name for name in settings["REQUIRED_SECRETS"].split() if not settings.get(name)]
-    if missing:
-        raise Exit(f"{' and '.join(missing)} must be set for {settings.model.name}: in .env, or in the shell.")
+    secrets(settings)
     _forwarded(settings, head)
     nothing_serves(head)
     if obstacle := ports.obstacle(settings["HOST"], int(settings["PORT"])):
         raise Exit(f"The API cannot listen: {obstacle}. Set HOST, or another port: PORT=8001 inv launch ...")
     ray_answers(settings)
     return head
+
+
+def secrets(settings: Settings) -> None:
+    """Refuse where a secret that the model requires is unset or empty."""
+    missing = [name for name in settings["REQUIRED_SECRETS"].split() if not settings.get(name)]
+    if missing:
+        raise Exit(f"{' and '.join(missing)} must be set for {settings.model.name}: in .env, or in the shell.")
 
 
 def ray_answers(settings: Settings) -> None:
@@ -103,12 +108,17 @@ def running_node(what_next: str) -> Container:
 def the_head(settings: Settings) -> Container:
     """The node's container, if it is the head's; raises Exit with where to go."""
     found = running_node(f"Type: inv head{_model(settings)}")
-    env = engine.environment(found)
-    if env.get("VLLM_HOST_IP") != env.get("MASTER_ADDR"):
-        raise Exit(f"This node is a worker ({env.get('VLLM_HOST_IP')}). Launch on the head, {env.get('MASTER_ADDR')}.")
+    is_head(found)
     if engine.image(found) != settings["VLLM_IMAGE"]:
         say(f"Warning: {CONTAINER} runs {engine.image(found)}, not {settings['VLLM_IMAGE']} as this model would.")
     return found
+
+
+def is_head(found: Container) -> None:
+    """Refuse on a worker, with where to go."""
+    env = engine.environment(found)
+    if env.get("VLLM_HOST_IP") != env.get("MASTER_ADDR"):
+        raise Exit(f"This node is a worker ({env.get('VLLM_HOST_IP')}). Type it on the head, {env.get('MASTER_ADDR')}.")
 
 
 def _forwarded(settings: Settings, head: Container) -> None:
@@ -154,7 +164,7 @@ def _ray_knows_tokens(settings: Settings) -> None:
 
 
 def _wait_for_head(address: str, seconds: int) -> None:
-    deadline = time.monotonic() + seconds
+    deadline, said = time.monotonic() + seconds, 0.0
     while not ports.answers(address, RAY_PORT):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -162,8 +172,10 @@ def _wait_for_head(address: str, seconds: int) -> None:
                 f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there; if it "
                 "runs, check the cable and HEAD_NODE_IP."
             )
-        say(f"Waiting for the head at {address}:{RAY_PORT}, {left:.0f} s more.")
-        time.sleep(min(5, left))
+        if time.monotonic() - said >= 5:
+            said = time.monotonic()
+            say(f"Waiting for the head at {address}:{RAY_PORT}, {left:.0f} s more.")
+        time.sleep(min(0.3, left))
 
 
 def _model(settings: Settings) -> str:

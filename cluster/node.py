@@ -4,6 +4,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from invoke import Exit
 
@@ -31,6 +32,16 @@ class Network:
     address: str
     hcas: Sequence[str]
     netdevs: Sequence[str]
+
+
+def logs(settings: Settings) -> Path:
+    """The folder on this host's disk that holds the logs of the node and its server, and what the recorder saw."""
+    return Path(mounts(settings)[LOGS])
+
+
+def log(settings: Settings) -> Path:
+    """The log of a node that was started detached."""
+    return logs(settings) / "node.log"
 
 
 def mounts(settings: Settings) -> dict[str, str]:
@@ -89,14 +100,14 @@ def environment(settings: Settings, net: Network) -> dict[str, str]:
     return env | {name: settings[name] for name in settings.forward if name not in env}
 
 
-def head(settings: Settings, net: Network) -> list[Command]:
+def head(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
     """The commands that bring the head up: its folders, then its container with Ray's head in it."""
-    return _bring_up("head", template.render("ray_head.j2", **_ray(settings, net)), settings, net)
+    return _bring_up("head", template.render("ray_head.j2", **_ray(settings, net)), settings, net, detached)
 
 
-def worker(settings: Settings, net: Network) -> list[Command]:
+def worker(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
     """The commands that bring a worker up: its folders, then its container with a Ray that joins the head."""
-    return _bring_up("worker", template.render("ray_worker.j2", **_ray(settings, net)), settings, net)
+    return _bring_up("worker", template.render("ray_worker.j2", **_ray(settings, net)), settings, net, detached)
 
 
 def fingerprint(wrapper: template.Lines, mounted: Mapping[str, str]) -> tuple[str, str]:
@@ -110,7 +121,7 @@ def _ray(settings: Settings, net: Network) -> Mapping[str, str]:
     return settings.public() | {"in_shell": IN_SHELL, "address": net.address}
 
 
-def _bring_up(role: str, ray: template.Lines, settings: Settings, net: Network) -> list[Command]:
+def _bring_up(role: str, ray: template.Lines, settings: Settings, net: Network, detached: bool) -> list[Command]:
     mounted = mounts(settings)
     env = environment(settings, net)
     secret = {f"{token.INSIDE}:ro": str(file)} if (file := token.file(settings)) else {}
@@ -127,7 +138,8 @@ def _bring_up(role: str, ray: template.Lines, settings: Settings, net: Network) 
     where = f"{role}, {net.address}"
     make = Command(template.render("cache_folders.j2", folders=list(dict.fromkeys(mounted.values()))), where)
     image = template.render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=_IMAGE)
-    return [make, Command(wrapper + ray, where, env, asks={"NODE_RAY_IMAGE": image})]
+    behind = log(settings) if detached else None
+    return [make, Command(wrapper + ray, where, env, asks={"NODE_RAY_IMAGE": image}, log=behind)]
 
 
 def _listed(settings: Settings, name: str, otherwise: list[str]) -> list[str]:

@@ -9,39 +9,61 @@ from cluster import node
 from command import run, template
 from command.command import Command, say
 from command.template import Lines
+from settings.models import ROOT
 from settings.names import SECRETS
 from settings.resolve import Settings
 
 LOG = f"{node.LOGS}/serve.log"
 # Below /run, unlike the log: a process id means nothing in the next container.
 PID = "/run/vllm-serve.pid"
-
-# What each node had left at its lowest, by the memory guard.
-LOW = f"{node.LOGS}/memory-low.json"
-_GUARD = "/run/memory-guard.py"
+# The server's words, a line each, from its start until somebody stops it: what ended by itself can be told.
+WORDS = "/run/vllm-serve.words"
+RECORDER = "/run/recorder"
 
 # `docker exec` passes no signal on and takes its output along when it dies, so the server gets a session, a log file
 # and a recorded process id of its own. setsid makes the id that of the whole process group.
 # The lock goes on to the server and is its own as long as it lives, so two launches at once are one.
+# As long as the server lives its log is cut at 64 MiB, and what was in it kept as serve.log.1.
 START = (
     f"exec 9>{PID}.lock; flock -n 9 || {{ echo a server runs here already >&2; exit 1; }}; "
-    f'test -e {LOG} && mv {LOG} {LOG}.1; setsid "$@" </dev/null >{LOG} 2>&1 & echo $! >{PID}'
+    f"rm -f {node.LOGS}/vitals.json; test -e {LOG} && mv {LOG} {LOG}.1; "
+    f'setsid "$@" </dev/null >>{LOG} 2>&1 & p=$!; echo $p >{PID}; '
+    f'printf "%s\\n" "$@" >{WORDS}; exec 9>&-; while sleep 60; kill -0 -- -$p; do '
+    f"test $(stat -c %s {LOG}) -lt {run.LOG_BYTES} || {{ cp {LOG} {LOG}.1; : >{LOG}; }}; "
+    "done </dev/null >/dev/null 2>&1 &"
 )
 FOLLOW = f"exec tail -n +1 -F --pid=$(cat {PID}) {LOG}"
 ALIVE = f"test -e {PID} && kill -0 -- -$(cat {PID})"
-GUARD = f'cat >{_GUARD}; setsid "$@" </dev/null >>{LOG} 2>&1 &'
+STATE = f"test -e {WORDS} || exit 0; {{ {ALIVE}; }} 2>/dev/null; echo $?; stat -c %Y {PID}; cat {WORDS}"
+RECORD = f'setsid "$@" </dev/null >>{LOG} 2>&1 &'
 # `hf download` leaves a file whole or not at all, and the commit that it resolved beside it.
 FETCH = 'NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata'
 STOP = (
-    f"p=$(cat {PID}) && kill -TERM $p 2>/dev/null || kill -TERM -- -$p || exit; "
+    f"rm -f {WORDS}; p=$(cat {PID}) && kill -TERM $p 2>/dev/null || kill -TERM -- -$p || exit; "
     "for _ in {1..30}; do kill -0 -- -$p 2>/dev/null || exit 0; sleep 1; done; "
     "echo still there after 30 s, killed >&2; kill -KILL -- -$p"
 )
 
 
+def url(host: str, port: str, everywhere: str = "127.0.0.1") -> str:
+    """The API's address, such as http://127.0.0.1:8000; everywhere: the host where it listens on all addresses."""
+    host = everywhere if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def log(settings: Settings) -> Path:
+    """The server's log on the head's own disk."""
+    return node.logs(settings) / Path(LOG).name
+
+
 def values(settings: Settings) -> dict[str, str]:
     """What a model's templates are rendered with."""
     return settings.public() | {"hf_cache": node.HF_CACHE}
+
+
+def words(settings: Settings) -> list[str]:
+    """The server's own command line."""
+    return template.words(template.render(settings.model.serve, **values(settings)))
 
 
 def fetch(settings: Settings) -> list[Command]:
@@ -55,13 +77,17 @@ def start(settings: Settings) -> Command:
     return _inside(START, template.render(settings.model.serve, **values(settings)), settings, SECRETS)
 
 
-def guard(settings: Settings) -> list[Command]:
-    """The command that starts the memory guard beside the server; nothing where MEM_ABORT_GIB is 0."""
-    least = settings["MEM_ABORT_GIB"]
-    if not float(least):
-        return []
-    lines = template.render("memory_guard.j2", script=_GUARD, pid=PID, low=LOW, least=least)
-    return [_inside(GUARD, lines, stdin=Path(__file__).with_name("memory_guard.py"))]
+def recorder(settings: Settings) -> list[Command]:
+    """The commands that start, beside the server, what guards the memory and records what every node does."""
+    api = url(settings["HOST"], settings["PORT"])
+    asked = {"pid": PID, "folder": node.LOGS, "url": api, "least": settings["MEM_ABORT_GIB"]}
+    return [recorder_there(), _inside(RECORD, template.render("recorder.j2", place=RECORDER, **asked))]
+
+
+def recorder_there() -> Command:
+    """The command that puts this repository's recorder into the head's container."""
+    places = {"folder": ROOT / "recorder", "container": node.CONTAINER, "place": RECORDER}
+    return Command(template.render("recorder_copy.j2", **places), "head")
 
 
 def follow() -> Command:
@@ -74,25 +100,21 @@ def stop() -> Command:
     return _inside(STOP)
 
 
-def commands(settings: Settings) -> list[Command]:
+def commands(settings: Settings, detached: bool = False) -> list[Command]:
     """All that `launch` runs, in order."""
-    return [*fetch(settings), start(settings), *guard(settings), follow()]
+    return [*fetch(settings), start(settings), *recorder(settings), *([] if detached else [follow()])]
 
 
-def launch(settings: Settings) -> None:
-    """Start the server and follow its log; Ctrl-C stops it, a lost terminal does not. Raises Exit when it has ended."""
+def prepare(settings: Settings) -> None:
+    """Fetch what the server needs; raises Exit, with the ways on, if that fails."""
     for command in fetch(settings):
         _fetched(command)
-    try:
-        for command in (start(settings), *guard(settings)):
-            run.run_whole(command)
-        with run.following(follow()) as log:
-            log.wait()
-    except KeyboardInterrupt:
-        say("Ctrl-C: the server is asked to stop.")
-        run.run_whole(stop())
-        raise Exit("The server is stopped; Ray is still up.", code=130) from None
-    raise Exit(f"The server has ended. Its log: docker exec {node.CONTAINER} tail -n 200 {LOG}")
+
+
+def begin(settings: Settings) -> None:
+    """Start the server and its recorder, and come back at once; raises Exit if that fails."""
+    for command in (start(settings), *recorder(settings)):
+        run.run_whole(command)
 
 
 def _fetched(command: Command) -> None:
@@ -108,18 +130,10 @@ def _fetched(command: Command) -> None:
         ) from None
 
 
-def _inside(
-    script: str,
-    lines: Lines = (),
-    settings: Settings | None = None,
-    secrets: Sequence[str] = (),
-    stdin: Path | None = None,
-) -> Command:
+def _inside(script: str, lines: Lines = (), settings: Settings | None = None, secrets: Sequence[str] = ()) -> Command:
     """A command in the head's container, through a shell, that gets these secrets of the settings by name."""
-    outer = template.render(
-        "server_exec.j2", secrets=secrets, reads=stdin is not None, container=node.CONTAINER, script=script
-    )
+    outer = template.render("server_exec.j2", secrets=secrets, container=node.CONTAINER, script=script)
     required = settings["REQUIRED_SECRETS"].split() if settings else ()
     handed = {name: value for name, value in settings.secrets().items() if name in secrets} if settings else {}
     needs = [name for name in secrets if name in required]
-    return Command(outer + lines, "head", needs=needs, secrets=handed, stdin=stdin)
+    return Command(outer + lines, "head", needs=needs, secrets=handed)

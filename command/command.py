@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,8 @@ class Command:
     """One command line and what it takes by name.
 
     `where` says on which node it runs, `env` what is exported for it, `asks` commands whose output is exported,
-    `needs` the secrets that it must have, `secrets` those that are handed on, `stdin` the file that it reads.
+    `needs` the secrets that it must have, `secrets` those that are handed on, `log` the file that it writes to where
+    it is started in a session of its own, and left.
     """
 
     lines: Lines
@@ -28,7 +30,7 @@ class Command:
     asks: Mapping[str, Lines] = field(default_factory=dict)
     needs: Sequence[str] = ()
     secrets: Mapping[str, str] = field(default_factory=dict)
-    stdin: Path | None = None
+    log: Path | None = None
 
     @property
     def words(self) -> list[str]:
@@ -43,8 +45,9 @@ class Command:
         said += [f'export {name}="$({shlex.join(template.words(lines))})"' for name, lines in self.asks.items()]
         # One list with the command: an interactive bash would go on to the next line without the secret.
         said += [f': "${{{name}:?}}" && \\' for name in (*self.asks, *self.needs)]
-        read = f" \\\n  < {shlex.quote(str(self.stdin))}" if self.stdin else ""
-        return "\n".join([*said, template.text(self.lines) + read])
+        words = template.text((("setsid",), *self.lines) if self.log else self.lines)
+        ends = [f"</dev/null >>{shlex.quote(str(self.log))} 2>&1 &"] if self.log else []
+        return "\n".join([*said, " \\\n  ".join([words, *ends])])
 
     def environ(self) -> dict[str, str]:
         """This process's environment with what the command takes by name."""
@@ -53,8 +56,9 @@ class Command:
 
 def say(*lines: str) -> None:
     """Tell the person something: on standard error, which leaves standard output to command lines."""
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that is gone must not keep anybody from cleaning up
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def show(*commands: Command) -> None:

@@ -5,13 +5,17 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from invoke import Exit
 
 from command.command import Command, say
+
+Child = subprocess.Popen
+LOG_BYTES = 64 * 2**20
 
 
 def run(command: Command) -> None:
@@ -48,27 +52,68 @@ def become(command: Command) -> NoReturn:
 
 
 @contextmanager
-def following(command: Command) -> Iterator[subprocess.Popen]:
-    """Run a command for as long as the block lasts; a hang-up or a SIGTERM ends it, and this process, in order."""
+def following(command: Command) -> Iterator[Child]:
+    """Run a command for as long as the block lasts, its output, as text, in `stdout`.
+
+    A hang-up or a SIGTERM ends it, and this process, in order.
+    """
     say(command.text)
     ended: list[int] = []
-    followed: list[subprocess.Popen] = []
+    followed: list[Child] = []
 
     def end(number: int, _: object) -> None:
         ended.append(number)
         if followed:
             sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
-    with _start(command) as child:
-        try:
-            followed.append(child)
-            if ended:
-                sys.exit(128 + ended[0])
-            yield child
-        finally:
-            child.terminate()
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with _start(command, stdout=subprocess.PIPE, text=True, errors="replace") as child:
+            try:
+                followed.append(child)
+                if ended:
+                    sys.exit(128 + ended[0])
+                yield child
+            finally:
+                child.terminate()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def detach(command: Command) -> tuple[Child, int]:
+    """Start a command in a session of its own, writing to its log: it outlives this process and its terminal.
+
+    Returns the process, and from which byte of the log on it writes. The log is begun anew when it has more than
+    LOG_BYTES, the old one kept. Raises Exit if it cannot be written.
+    """
+    say(command.text)
+    try:
+        if command.log.exists() and command.log.stat().st_size > LOG_BYTES:
+            command.log.replace(f"{command.log}.1")
+        with command.log.open("a") as log:
+            begun = log.tell()
+            return _start(command, stdout=log, stderr=log, start_new_session=True), begun
+    except OSError as error:
+        raise Exit(f"{command.log} cannot be written: {error.strerror}. Type: df -h {command.log.parent}") from None
+
+
+def told(command: Command, who: str, started: Callable[[Child], None]) -> str:
+    """Run a command whose standard error is shown line by line, who before each; its standard output.
+
+    started: gets the process, to end it early. Raises Exit with the command's status and its last lines if it fails.
+    """
+    last: deque[str] = deque(maxlen=12)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with _start(command, process_group=0, **pipes) as child:
+        started(child)
+        for line in child.stderr:
+            last.append(line.rstrip())
+            say(f"{who} | {last[-1]}")
+        out = child.stdout.read()
+    if child.returncode:
+        raise Exit("\n".join(last), code=child.returncode if child.returncode > 0 else 128 - child.returncode)
+    return out.strip()
 
 
 def lines(command: Command) -> Iterator[str]:
@@ -103,17 +148,41 @@ def output(command: Command, seconds: float | None = 20, errors: bool = False) -
     return done.stdout.strip()
 
 
+def hook(command: Command, seconds: float, without: tuple[str, ...] = ()) -> int:
+    """Run an operator's command, its output on standard error, without these variables; its exit status.
+
+    Kills it and all of its process group after so many seconds; a Ctrl-C or SIGTERM counts when it has ended. Raises
+    Exit if it cannot be started.
+    """
+    env = {name: value for name, value in command.environ().items() if name not in without}
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
+    try:
+        status = _killed_after(seconds, command, env)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
+    return status
+
+
+def answers(command: Command) -> dict[str, str]:
+    """What a command asks first, by the name under which it is exported."""
+    return {name: output(Command(lines), None, errors=True) for name, lines in command.asks.items()}
+
+
 def _environment(command: Command) -> dict[str, str]:
     """What the command takes by name, with the answers of what it asks first."""
-    asked = {name: output(Command(lines), None, errors=True) for name, lines in command.asks.items()}
+    asked = answers(command)
     say(*(f"{name} is {value}" for name, value in asked.items()))
     return command.environ() | asked
 
 
-def _start(command: Command, **options: int) -> subprocess.Popen:
+def _start(command: Command, **options: object) -> Child:
     try:
-        with open(command.stdin or os.devnull) as read:
-            return subprocess.Popen(command.words, env=_environment(command), **{"stdin": read, **options})
+        return subprocess.Popen(command.words, env=_environment(command), **{"stdin": subprocess.DEVNULL, **options})
     except OSError as error:
         raise Exit(_not_started(command, error)) from None
 
@@ -122,9 +191,22 @@ def _not_started(command: Command, error: OSError) -> str:
     return f"{command.words[0]} cannot be started: {error.strerror}."
 
 
-def _finish(command: Command, child: subprocess.Popen) -> None:
+def _finish(command: Command, child: Child) -> None:
     status = child.wait()
     if status < 0:
         raise Exit(f"{shlex.join(command.words[:3])} was ended by {signal.Signals(-status).name}.", code=128 - status)
     if status:
         raise Exit(f"{shlex.join(command.words[:3])} failed with status {status}.", code=status)
+
+
+def _killed_after(seconds: float, command: Command, env: dict[str, str]) -> int:
+    output = {"stdin": subprocess.DEVNULL, "stdout": sys.stderr.fileno(), "process_group": 0}
+    try:
+        child = subprocess.Popen(command.words, env=env, **output)
+    except OSError as error:
+        raise Exit(_not_started(command, error)) from None
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        return child.wait()

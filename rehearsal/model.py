@@ -5,7 +5,8 @@ from pathlib import Path
 
 NAME = "rehearsal-tiny"
 CONTAINER_PATH = f"/root/.cache/huggingface/{NAME}"
-CONTEXT = 2048
+# Long enough for a prompt that takes a processor half a minute.
+CONTEXT = 131072
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

@@ -32,6 +32,8 @@ PROGRAMS = {
     "setpriv": "util-linux",
     "mount": "mount",
 }
+# What the tests need beside that: the head reaches its workers over ssh.
+TESTS = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,23 @@ class Lack:
         return "\n  ".join(["A rehearsal cannot run here:", *lines]) if lines else ""
 
 
-def missing(*, as_root: bool = True) -> str:
+def missing(*, as_root: bool = True, tests: bool = False) -> str:
     """What is missing, in one message, or an empty text; changes nothing. `as_root=False` asks before `sudo`."""
-    return str(look(place.folder(), as_root=as_root))
+    return str(look(place.folder(), as_root=as_root, tests=tests))
 
 
-def look(root: Path, *, as_root: bool = True) -> Lack:
-    """What a rehearsal that lives in `root` lacks on this machine."""
-    packages = {program: package for program, package in _packages().items() if not shutil.which(program, path=PATH)}
+def look(root: Path, *, as_root: bool = True, tests: bool = False) -> Lack:
+    """What a rehearsal that lives in `root`, or with `tests` its tests, lacks on this machine."""
+    wanted = _packages() | (TESTS if tests else {})
+    packages = {program: package for program, package in wanted.items() if not shutil.which(program, path=PATH)}
     if not image.KEYRING.exists():
         packages["Debian's archive keys"] = "debian-archive-keyring"
     return Lack(packages, _obstacles(root, as_root))
 
 
-def install() -> None:
+def install(*, tests: bool = False) -> None:
     """Install the packages that are missing, remove none; raise RehearsalError if apt-get fails."""
-    packages = look(place.folder()).packages
+    packages = look(place.folder(), tests=tests).packages
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for line in (["apt-get", "update"], install_line(packages.values())) if packages else ():
         if subprocess.run(line, env=env, stdin=subprocess.DEVNULL).returncode:
@@ -80,7 +83,17 @@ def install_line(packages: Iterable[str]) -> list[str]:
 def _packages() -> dict[str, str]:
     """The package of each program; Docker's own where one of them is installed, Debian's where none is."""
     own = any(_installed(package) for package in DOCKERS_OWN)
-    return {**{program: names[own] for program, names in DOCKER.items()}, **PROGRAMS}
+    apart = {} if own or not _client_is_apart() else {"docker": "docker-cli"}
+    return {program: names[own] for program, names in DOCKER.items()} | apart | PROGRAMS
+
+
+def _client_is_apart() -> bool:
+    """Whether docker.io comes without the command line: since Debian 13, not in Ubuntu 24.04."""
+    try:
+        system = platform.freedesktop_os_release()
+    except OSError:
+        return False
+    return system["ID"] == "debian" and int(system.get("VERSION_ID", "13").partition(".")[0]) >= 13
 
 
 def _installed(package: str) -> bool:

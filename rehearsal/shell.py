@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,13 @@ def works(*words: str | Path, **options) -> bool:
     """Run a short command for its exit status alone."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.run([str(word) for word in words], **{**_ENV, **quiet, **options}).returncode == 0
+
+
+def which(program: str) -> str:
+    """Where a program is; raise RehearsalError if it is nowhere."""
+    if not (found := shutil.which(program, path=PATH)):
+        raise RehearsalError(f"{program} is missing")
+    return found
 
 
 def logged(log: Path, *words: str | Path, **options) -> None:

@@ -24,16 +24,16 @@ def check(hosts: str) -> None:
         raise Exit(f"--hosts is {hosts!r}; it takes {', '.join(HOSTS)}.")
 
 
-def prepare(install: bool, *task: str) -> None:
+def prepare(install: bool, *task: str, tests: bool = False) -> None:
     """Have all that a rehearsal needs, as root: else become this task under sudo, or raise Exit with what to type."""
     try:
-        if not install and (said := needs.missing(as_root=False)):
+        if not install and (said := needs.missing(as_root=False, tests=tests)):
             raise Exit(f"{said}\nOr let --install type it.")
         if os.geteuid():
             as_root(*INV, *task)
         if install:
-            needs.install()
-        if said := needs.missing():
+            needs.install(tests=tests)
+        if said := needs.missing(tests=tests):
             raise Exit(said)
     except RehearsalError as error:
         raise Exit(str(error)) from None

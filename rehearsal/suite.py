@@ -26,9 +26,9 @@ def everything(install: bool) -> NoReturn:
     all_of_them = (*_PYTEST, "-m", "", str(ROOT / "tests"))
     if install:
         os.environ["CI"] = "true"
-    if os.geteuid() and (install or not needs.missing(as_root=False)):
+    if os.geteuid() and (install or not needs.missing(as_root=False, tests=True)):
         run.run(Command(((*_PYTEST, str(ROOT / "tests")),)))
         stage.as_root(*INV, "test", *(("--install",) if install else ()))
     if install:
-        stage.prepare(install)
+        stage.prepare(install, tests=True)
     run.become(Command((all_of_them,), env={"PYTHONDONTWRITEBYTECODE": "1"}))

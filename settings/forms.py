@@ -82,10 +82,18 @@ def _words(text: str) -> str:
     return text
 
 
+def _command(text: str) -> str:
+    if shlex.split(text)[:1] == [""]:
+        raise ValueError(text)
+    return text
+
+
 TEXT = Form("text that does not start with a dash", _text)
 ANY = Form("text without control characters", lambda text: text)
 WORDS = Form("words as a shell would read them, and no key among them", _words)
+COMMAND = Form("a command's words as a shell would read them, or nothing", _command)
 COUNT = Form("a whole number of at least 1", _whole(1, 10**18))
+PATIENCE = Form("a whole number of seconds, at least 1", _whole(1, 10**6))
 SECONDS = Form("a whole number of seconds", _whole(0, 10**6))
 PORT = Form("a port, 1 to 65535", _whole(1, 65535))
 INDEX = Form("a whole number", _whole(0, 10**6))
@@ -97,6 +105,10 @@ ADDRESSES = Form("IPv4 addresses, comma separated", lambda text: ",".join(str(IP
 LISTEN = Form("an IP address to listen on", lambda text: str(ip_address(text)))
 INTERFACE = Form("a network interface", _matching(r"[\w.@-]{1,15}"))
 DEVICES = Form("device names, comma separated", _matching(r"[\w.@-]+(,[\w.@-]+)*"))
+THERE = Form(
+    "a folder without an equals sign, from the home folder if it is relative", _matching(r"(?!((~|\.)/+)*-)[^=]+")
+)
+HOSTS = Form("ssh destinations, comma separated", _matching(r"(?!-)[\w.@%-]+(,(?!-)[\w.@%-]+)*"))
 IMAGE = Form("an image name", _matching(r"[\w][\w./:@-]*"))
 GIB = Form("a plain decimal of at least 0, in GiB", _matching(r"[0-9]{1,4}(\.[0-9]{1,3})?"))
 SECRETS = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_TOKEN|VLLM_API_KEY) ?)*"))

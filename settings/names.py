@@ -8,6 +8,9 @@ from settings import forms
 from settings.forms import Form
 
 SECRETS = ("HF_TOKEN", "VLLM_API_KEY")
+# What says where one node is, or what only that node has: `up` does not hand it on to the others.
+NODE_OWN = ("VLLM_HOST_IP", "NCCL_IB_GID_INDEX", "SYSFS", "CACHE_DIR", "HF_CACHE", "RAY_AUTH_TOKEN_PATH",
+            "WORKER_HOSTS", "REPO_DIR", "REHEARSAL_DIR")  # fmt: skip
 DEFAULT_BASE_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3"
 
 # What no profile has to say. None: unset means something of its own, which .env.example tells.
@@ -15,6 +18,8 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "PRIMARY_IF": ("enp1s0f1np1", forms.INTERFACE),
     "HEAD_NODE_IP": ("10.0.0.1", forms.ADDRESS),
     "WORKER_IP": ("10.0.0.2", forms.ADDRESSES),
+    "WORKER_HOSTS": (None, forms.optional(forms.HOSTS)),
+    "REPO_DIR": (None, forms.THERE),
     "VLLM_HOST_IP": (None, forms.ADDRESS),
     "DATA_IFS": (None, forms.optional(forms.DEVICES)),
     "RDMA_HCAS": (None, forms.optional(forms.DEVICES)),
@@ -37,6 +42,13 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "MEM_WARN_GIB": ("6", forms.GIB),
     "MEM_FLOOR_GIB": ("3", forms.GIB),
     "MEM_ABORT_GIB": ("2", forms.GIB),
+    "STALL_S": ("600", forms.PATIENCE),
+    "HANG_S": ("300", forms.PATIENCE),
+    "WATCH_INTERVAL_S": ("30", forms.PATIENCE),
+    "WATCH_FAILURES": ("10", forms.COUNT),
+    "WATCH_HOOK": ("", forms.COMMAND),
+    "WATCH_COOLDOWN_S": ("3600", forms.SECONDS),
+    "WATCH_MAX": ("3", forms.INDEX),
     "IMAGE_GATES": ("refuse", forms.GATES),
     "RAY_AUTH_TOKEN_PATH": ("~/.ray/auth_token", forms.FILE),
     "REQUIRED_SECRETS": ("VLLM_API_KEY", forms.SECRETS),

@@ -13,7 +13,7 @@ from command.template import printable
 from settings import envfile, forward, models
 from settings.forms import ANY, Form
 from settings.models import Model
-from settings.names import CORE, FLAGS, SECRETS, form, nearest
+from settings.names import CORE, FLAGS, NODE_OWN, SECRETS, form, nearest
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ class Settings(Mapping[str, str]):
             name: "set" if name in SECRETS and at.value else f"= {at.value or at.text or '(empty)'}" for name, at in own
         }
         return [f"{name} {said[name]} ({setting.origin})" for name, setting in own]
+
+    def handed_on(self) -> dict[str, str]:
+        """What the shell and the flags said, as they said it, for a task on another node: no secret, nothing of this
+        node's own."""
+        said = {name: at for name, at in self._found.items() if at.origin == "shell" or at.origin.startswith("flag ")}
+        return {name: at.text for name, at in sorted(said.items()) if name not in (*SECRETS, *NODE_OWN)}
 
     def public(self) -> dict[str, str]:
         """What a template may see: everything but the secrets."""

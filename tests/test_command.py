@@ -154,22 +154,26 @@ def test_an_answer_that_fails_stops_the_command(capfd):
 def test_a_question_that_takes_too_long_is_a_sentence():
     """Asking never hangs."""
     with pytest.raises(Exit, match="sleep 9 did not answer within"):
-        run.output(Command((("sleep", "9"),)), seconds=0.05)
+        run.output(Command((("sleep", "9"),)), seconds=0.01)
 
 
-def test_a_ctrl_c_waits_for_a_command_that_must_not_be_cut():
+def test_a_ctrl_c_waits_for_a_command_that_must_not_be_cut(tmp_path):
     """run_whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
 
     def body() -> None:
         try:
-            run.run_whole(_sh("echo started; sleep 0.2; echo done"))
+            run.run_whole(_sh(f"echo started; read -r _ <{tmp_path}/line; echo done"))
         except KeyboardInterrupt:
             print("interrupted")
 
+    os.mkfifo(tmp_path / "line")
+    line = os.open(tmp_path / "line", os.O_RDWR)
     with _child(body) as child:
         while child.err.readline() != "started\n":
             pass
         os.killpg(child.pid, signal.SIGINT)
+        os.write(line, b"\n")
+        os.close(line)
         assert (child.err.read(), child.out.read(), child.status()) == ("done\n", "interrupted\n", 0)
 
 

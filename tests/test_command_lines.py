@@ -18,20 +18,28 @@ TASKS = [
     "head --model nemotron",
     "worker",
     "worker --model nemotron",
+    "worker --model nemotron --detach",
+    "launch --model nemotron --detach",
+    "logs",
+    "logs --node --follow",
+    "up --model nemotron",
+    "down",
+    "down --here",
     *(f"launch --model {name}" for name in models.known()),
 ]
 PLANS = [f"plan --model {name}" for name in models.known()]
 
 
 def _file(line: str) -> str:
-    return re.sub(" (--model )?", "-", line)
+    return re.sub(" (--model |--)?", "-", line)
 
 
 @pytest.mark.parametrize("line", TASKS)
-def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses):
+def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses, operator):
     """The standard output of `inv --dry TASK` is the command lines of the task, to the byte."""
     if line.startswith("worker"):
         addresses["enp1s0f1np1"] = "10.0.0.2"
+    operator.setattr("settings.version.digest", lambda: "SHA256")
     golden(_file(line), inv(f"--dry {line}").out)
 
 

@@ -11,6 +11,7 @@ from invoke.parser import Parser
 import tasks
 from settings import models
 from settings.names import CORE
+from vitals.states import State
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -117,3 +118,10 @@ def test_no_path_of_a_machine_is_in_the_repository():
     places = re.compile(re.escape(f"{ROOT}/").encode() + rb"|/(?:home/(?!operator|another)|Users/)\w")
     files = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
     assert [str(file) for file in files if places.search(file.read_bytes())] == []
+
+
+def test_the_table_of_states_is_the_states():
+    """docs/operating.md lists each state of `inv health` with its exit status: programs may rely on both."""
+    text = re.search("<!-- states -->(.*?)<!-- /states -->", (ROOT / "docs/operating.md").read_text(), re.S)[1]
+    told = dict(re.findall(r"^\| `([^`]+)` \| (\d+) \|", text, re.M))
+    assert told == {str(state): str(state.code) for state in State}

@@ -134,7 +134,7 @@ def test_launch_without_a_container(docker):
 def test_launch_on_a_worker(docker):
     """The server starts on the head; a worker's container knows that it is none."""
     docker.containers = [Container(VLLM_HOST_IP="10.0.0.2", MASTER_ADDR="10.0.0.1", **NEMOTRON)]
-    assert "This node is a worker (10.0.0.2). Launch on the head, 10.0.0.1." in _launch()
+    assert "This node is a worker (10.0.0.2). Type it on the head, 10.0.0.1." in _launch()
 
 
 @pytest.mark.parametrize(("model", "names"), [("nemotron", "HF_TOKEN and VLLM_API_KEY"), ("qwen-30b", "VLLM_API_KEY")])

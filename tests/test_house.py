@@ -9,11 +9,10 @@ TEMPLATES = sorted(file for file in ROOT.glob("*/*.j2") if file.parent.name != "
 INSIDE = (
     "cluster/ask_options.py",
     "checks/probe.py",
-    "cluster/memory_guard.py",
     "checks/ask_fabric.py",
     "checks/all_reduce.py",
 )
-ROOMS = ("checks", "cluster", "command", "host", "settings")
+ROOMS = ("checks", "cluster", "command", "fleet", "host", "settings", "vitals")
 MODULES = [file for room in ROOMS for file in (ROOT / room).glob("*.py") if f"{room}/{file.name}" not in INSIDE]
 STARTS = r"\b(subprocess|Popen|os\.(exec\w+|spawn\w+|system|popen|fork)|pty|c\.run|c\.sudo|asyncio)\b"
 

@@ -20,6 +20,7 @@ FETCH = (
 )
 PLUGIN = f"--reasoning-parser-plugin {PARSERS}/{{}}/{{}}/super_v3_reasoning_parser.py"
 NO_PARSER = ("- " + PLUGIN.format(SUPER, "main"), "- --reasoning-parser super_v3")
+RECORDER = "python3 /run/recorder/guard.py /run/vllm-serve.pid /var/log/node-ray {} 2"
 
 CHANGES = [
     (
@@ -68,8 +69,20 @@ CHANGES = [
         """+ --speculative-config '{"method": "mtp", "moe_backend": "triton", "num_speculative_tokens": 3}'""",
     ),
     ("nemotron TOOL_CALL_PARSER=", "- --enable-auto-tool-choice", "- --tool-call-parser qwen3_coder"),
-    ("nemotron HOST=::1", "- --host 0.0.0.0", "+ --host ::1"),
-    ("nemotron PORT=8001", "- --port 8000", "+ --port 8001"),
+    (
+        "nemotron HOST=::1",
+        "- --host 0.0.0.0",
+        "+ --host ::1",
+        "- " + RECORDER.format("http://127.0.0.1:8000"),
+        "+ " + RECORDER.format("'http://[::1]:8000'"),
+    ),
+    (
+        "nemotron PORT=8001",
+        "- --port 8000",
+        "+ --port 8001",
+        "- " + RECORDER.format("http://127.0.0.1:8000"),
+        "+ " + RECORDER.format("http://127.0.0.1:8001"),
+    ),
     ("nemotron SERVE_EXTRA=--seed=1", "+ --seed=1"),
     ("qwen-30b MODEL_CKPT=a/b", "- vllm serve Qwen/Qwen3-30B-A3B-Thinking-2507-FP8", "+ vllm serve a/b"),
     ("qwen-30b SERVED_NAME=x", "- --served-model-name qwen3_30b_thinking", "+ --served-model-name x"),

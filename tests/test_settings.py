@@ -89,6 +89,9 @@ REFUSED = {
     "PORT": ["", "0", "65536", "-1", "80a", "8000/tcp", "99999999999999999999999"],
     "OBJECT_STORE_MEMORY": ["", "0", "1G"],
     "WAIT_HEAD_S": ["", "-1", "1.5", "soon"],
+    "HANG_S": ["", "0", "-1", "0.5", "5m"],
+    "STALL_S": ["", "0"],
+    "WATCH_INTERVAL_S": ["", "0"],
     "NCCL_IB_GID_INDEX": ["-1", "a"],
     "HEAD_NODE_IP": ["", "spark-1", "10.0.0", "10.0.0.256", "10.0.0.1:6379", "-1.2.3.4", "010.0.0.1"],
     "VLLM_HOST_IP": ["", "localhost"],
@@ -143,6 +146,7 @@ TAKEN = {
     "RDMA_HCAS": {"": "", "mlx5_0": "mlx5_0", "a,b": "a,b"},
     "SERVED_NAME": {"a b": "a b", "a-b": "a-b"},
     "WAIT_HEAD_S": {"0": "0"},
+    "HANG_S": {"1": "1", "0300": "300"},
 }
 
 

@@ -2,18 +2,22 @@
 
 import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from invoke import Exit
 
-from cluster import health, image, leftovers, plan, server
-from command import template
+from cluster import image, leftovers, node, plan, server
+from command import run, template
 from command.command import Command
 from settings import models, resolve
 from settings.resolve import Settings
+from vitals import health, load
 
 STUB = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; env -0; printf '\\1\\0'; } >>"$CALLS"
@@ -25,14 +29,11 @@ TEXTS = (
     *("MAMBA_SSM_DTYPE", "MOE_BACKEND", "REASONING_PARSER", "TOOL_CALL_PARSER", "PARSER_REVISION", "MINE"),
 )
 HOSTILE = [
-    " two  words ",
+    " two  words é 漢字 🎉 \u00a0" + "x" * 1000 + " ",
     "a'b\"c\\d \\",
-    "$(touch pwned) `touch pwned`",
-    "a; touch pwned & touch pwned | tee pwned >pwned",
-    "~root/*",
-    "$HOME ${HOME} * ?[a-z] {a,b}",
+    "$(touch pwned) `touch pwned`; touch pwned & touch pwned | tee pwned >pwned",
+    "~root/* $HOME ${HOME} ?[a-z] {a,b}",
     "#no A=b#c !! !$ %s {{ 7 * 7 }} {% raw %} {# no #}",
-    "é 漢字 🎉 \u00a0" + "x" * 1000,
 ]
 
 
@@ -127,12 +128,13 @@ def test_build_image_runs_what_it_prints(inv, pasted, calls, sysfs):
     assert env | dict.fromkeys(command.asks, "said") == env
 
 
-def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs):
-    """Launch starts what its dry text says, in that order: fetch, serve, guard, follow."""
+def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
+    """Launch starts what its dry text says, in that order: fetch, serve, record, follow."""
     pasted(inv("--dry launch --model nemotron").out)
     from_paste = calls()
+    monkeypatch.setattr(load, "PAUSE_S", 0.005)
     with pytest.raises(Exit, match="The server has ended"):
-        server.launch(_settings("nemotron", sysfs(), **KEYS))
+        load.launch(_settings("nemotron", sysfs(), **KEYS), ["10.0.0.1"], detached=False)
     really = calls()
     assert [words for words, _ in really] == [words for words, _ in from_paste]
     assert [words[-1] for words, _ in really][-1] == "bash"
@@ -140,6 +142,41 @@ def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs):
         assert {name: env[name] for name in KEYS if name in words} == {
             name: KEYS[name] for name in KEYS if name in words
         }
+
+
+@pytest.fixture
+def begin(tmp_path) -> Iterator[Callable[[str], None]]:
+    """Starts a bash script as a server in this folder, by the real script with its minute and 64 MiB shortened."""
+    script = server.START.replace(server.PID, f"{tmp_path}/pid").replace(server.WORDS, f"{tmp_path}/words")
+    script = script.replace(node.LOGS, str(tmp_path)).replace("sleep 60", "sleep 0.1")
+    script = script.replace(str(run.LOG_BYTES), "20000")
+    groups = []
+
+    def start(serves: str) -> None:
+        # A group of its own: where nobody reaps the server, the loop that cuts its log would wait for it for ever.
+        child = subprocess.Popen(["bash", "-c", script, "bash", "bash", "-c", serves], process_group=0)
+        groups.append(child.pid)
+        assert child.wait(10) == 0
+
+    yield start
+    groups += [int(file.read_text()) for file in tmp_path.glob("pid")]
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+@pytest.mark.rehearsal
+def test_the_servers_log_is_cut_and_the_last_of_it_kept(begin, tmp_path):
+    """As long as the server lives its log stays small, and what was in it is kept; of the one before nothing is."""
+    log, old = tmp_path / "serve.log", tmp_path / "serve.log.1"
+    (tmp_path / "vitals.json").write_text("what was seen of the server before")
+    begin("for n in {1..5000}; do echo $n; (( n % 50 )) || sleep 0.03; done; exec sleep 60")
+    assert (tmp_path / "words").read_text().startswith("bash\n-c\nfor") and not (tmp_path / "vitals.json").exists()
+    until = time.monotonic() + 30
+    while not old.exists() or "5000" not in log.read_text().split() + old.read_text().split():
+        assert time.monotonic() < until and log.stat().st_size < 100_000
+        time.sleep(0.05)
+    assert log.stat().st_size < 20_000 <= old.stat().st_size and old.read_text().startswith("1\n2\n")
 
 
 def test_a_secret_that_is_missing_stops_the_paste(inv, stubs, calls):
@@ -163,6 +200,6 @@ def test_stop_with_nothing_to_stop_does_not_claim_to_have_killed(tmp_path):
     for recorded in (None, "4194305"):  # no process: beyond the kernel's highest id
         if recorded:
             pid.write_text(recorded)
-        script = server.STOP.replace(server.PID, str(pid))
+        script = server.STOP.replace(server.PID, str(pid)).replace(server.WORDS, str(tmp_path / "words"))
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
         assert "killed" not in done.stderr

@@ -11,17 +11,27 @@ from rehearsal import needs
 from rehearsal.flow import IMAGE, Flow
 from rehearsal.hosts import Host
 from rehearsal.rig import Rig
+from rehearsal.shells import Shells
 
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
     """Stand-in Sparks with the product's image on each; skipped where they can't run, which in CI is a failure."""
-    if said := needs.missing():
+    if said := needs.missing(tests=True):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
     with Rig(say=lambda line: print(line, flush=True)) as made:
         Flow(made, made.say).build()
         made.copy(IMAGE)
         yield made
+
+
+@pytest.fixture(scope="session")
+def shells(rig: Rig) -> Shells:
+    """A sshd on every worker, which the head reaches as spark-2; they end with the rig."""
+    made = Shells(rig.hosts)
+    for worker in rig.hosts[1:]:
+        made.start(worker)
+    return made
 
 
 @pytest.fixture

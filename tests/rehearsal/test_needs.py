@@ -33,6 +33,17 @@ def test_dockers_own_packages_are_never_mixed_with_debians(bare):
     assert "docker-ce docker-ce-cli" in said
 
 
+@pytest.mark.parametrize(
+    ("system", "apart"),
+    [({"ID": "debian", "VERSION_ID": "12"}, False), ({"ID": "debian", "VERSION_ID": "13"}, True),
+     ({"ID": "debian"}, True), ({"ID": "ubuntu", "VERSION_ID": "24.04"}, False)],
+)  # fmt: skip
+def test_the_command_line_is_a_package_of_its_own_since_debian_13(bare, monkeypatch, system, apart):
+    """There docker.io comes without it; before, and in Ubuntu 24.04, it has it."""
+    monkeypatch.setattr(needs.platform, "freedesktop_os_release", lambda: system)
+    assert (" docker-cli " in bare()) == apart and (" docker-cli " in bare("containerd.io")) is False
+
+
 def test_nothing_is_said_where_nothing_is_missing(monkeypatch, tmp_path):
     """An empty message: the rehearsal can run."""
     monkeypatch.setattr(needs, "_packages", dict)

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invoke import Exit
@@ -17,6 +16,7 @@ from cluster import node, server
 from command import run
 from command.command import Command, say
 from settings.resolve import Settings
+from vitals import recorded
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -30,11 +30,10 @@ def watch(head: Container, settings: Settings, file: str | None) -> None:
 
     Raises Exit if the file cannot be written or Ray stops answering.
     """
-    warn, lows = float(settings["MEM_WARN_GIB"]), _lows(settings)
-    if lows:
-        say(
-            "Lowest while the last server ran: " + ", ".join(f"{at} {left / _GIB:.1f} GiB" for at, left in lows.items())
-        )
+    warn = float(settings["MEM_WARN_GIB"])
+    if lows := recorded.lows(settings):
+        told = ", ".join(f"{at} {left / _GIB:.1f} GiB" for at, left in lows.items())
+        say(f"Lowest while the last server ran: {told}")
     with _rows(file) as rows:
         for told in _samples(head.name):
             now = time.strftime("%H:%M:%S")
@@ -46,21 +45,12 @@ def watch(head: Container, settings: Settings, file: str | None) -> None:
 
 
 def _samples(name: str) -> Iterator[dict[str, int | None]]:
-    source = Path(server.__file__).with_name("memory_guard.py").read_text()
+    run.run_whole(server.recorder_there())
     outer = ("docker", "exec", "-i", name, "/bin/bash", "-c", node.IN_SHELL, "bash")
-    lines = run.lines(Command(((*outer, "python3", "-c", source, "watch", str(SECONDS)),)))
+    lines = run.lines(Command(((*outer, "python3", f"{server.RECORDER}/memory.py", str(SECONDS)),)))
     for line in lines:
         yield json.loads(line)
     raise Exit("Ray in the head's container does not answer any more. Type: inv health")
-
-
-def _lows(settings: Settings) -> dict[str, int]:
-    """What each node had left at its lowest while the last server ran, by the guard's own file."""
-    file = Path(node.mounts(settings)[node.LOGS]) / Path(server.LOW).name
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""A node that outlives its terminal: the same `docker run`, in a session of its own, its output in a log."""
+
+import time
+
+from invoke import Exit
+
+from cluster.node import CONTAINER
+from command import run
+from command.command import Command, say
+from host import engine
+
+START_S = 90
+_STARTED = "Ray runtime started"
+
+
+def runs_already(container: Command) -> bool:
+    """Whether this node is up just as the command would start it; raises Exit if it is up in another way."""
+    found = engine.node()
+    if found is None or found.status != "running":
+        return False
+    there, asked = engine.environment(found), container.env | run.answers(container)
+    if other := [name for name, value in asked.items() if there.get(name) != value]:
+        raise Exit(f"{CONTAINER} runs here already, started with another {' and '.join(other)}. Type: inv down")
+    say(f"{CONTAINER} runs here already, started just so ({engine.age(found)} ago): it is left alone.")
+    return True
+
+
+def start(container: Command) -> None:
+    """Start the node and wait until Ray runs in it; raises Exit with its last lines if it ends or takes START_S."""
+    process, begun = run.detach(container)
+    deadline = time.monotonic() + START_S
+    while _STARTED not in (said := _read(container, begun)):
+        if process.poll() is not None:
+            raise Exit(_failed(f"ended with status {process.returncode}", container, said))
+        if time.monotonic() > deadline:
+            process.terminate()
+            raise Exit(_failed(f"did not start Ray within {START_S} s", container, said))
+        time.sleep(0.1)
+    say(f"Ray runs in {CONTAINER}. Its log: inv logs --node; to end it: inv down --here")
+
+
+def _read(container: Command, begun: int) -> str:
+    """What the log has from so many bytes on."""
+    with container.log.open(errors="replace") as log:
+        log.seek(begun)
+        return log.read()
+
+
+def _failed(how: str, container: Command, said: str) -> str:
+    last = "\n".join(f"  {line}" for line in said.strip().splitlines()[-12:]) or "  (nothing)"
+    return f"{CONTAINER} {how}. The last lines of {container.log}:\n{last}"

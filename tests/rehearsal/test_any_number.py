@@ -1,0 +1,42 @@
+"""Four stand-in Sparks: nothing in the code says two. This runs before the tests that share one rig: one at a time."""
+
+import os
+
+import pytest
+from operating import KEY, SHELL, containers, inv
+
+from rehearsal import needs, sweep
+from rehearsal.flow import ALLOW, IMAGE, Flow
+from rehearsal.hosts import INV
+from rehearsal.rig import Rig
+from rehearsal.shells import Shells
+
+pytestmark = pytest.mark.rehearsal
+# What is left of this machine's memory for each of four is nothing to warn of.
+FLEET = {"VLLM_API_KEY": KEY, "TP_SIZE": "4", "WORKER_HOSTS": "spark-2,spark-3,spark-4", "MEM_WARN_GIB": "1"}
+
+
+@pytest.fixture
+def four():
+    """The hosts, each with a sshd."""
+    if said := needs.missing(tests=True):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
+    sweep.take_down()
+    with Rig(4, say=lambda line: print(line, flush=True)) as rig:
+        Flow(rig, rig.say).build()
+        rig.copy(IMAGE)
+        shells = Shells(rig.hosts)
+        for worker in rig.hosts[1:]:
+            shells.start(worker)
+        yield rig.hosts
+
+
+def test_up_on_four_hosts(four):
+    """One rank on each, healthy, and down again from the head."""
+    done = four[0].run(*INV, "up", "--model", "rehearsal", "--allow", ALLOW, env=SHELL | FLEET, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    health = inv(four[0], "health", **FLEET)
+    assert health.returncode == 0, health.stderr
+    assert all(f"{host.address} (ranks: 1)" in health.stderr for host in four)
+    assert inv(four[0], "down", **FLEET).returncode == 0
+    assert [containers(host) for host in four] == [""] * 4

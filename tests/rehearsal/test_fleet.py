@@ -1,0 +1,150 @@
+"""All nodes from one terminal: up, up again, down, and an `up` that cannot be; nothing half-started stays."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from operating import KEY, SHELL, containers, gone, inv, serving, settled
+
+from rehearsal.flow import ALLOW
+from rehearsal.hosts import INV, Host
+from rehearsal.shell import wait
+from rehearsal.shells import FULL
+
+pytestmark = pytest.mark.rehearsal
+REPOSITORY = Path(__file__).resolve().parents[2]
+UP = ("up", "--model", "rehearsal", "--allow", ALLOW)
+FLEET = {"VLLM_API_KEY": KEY, "WORKER_HOSTS": "spark-2"}
+
+
+def up(host: Host, *words: str, **env: str):
+    """Type `inv up` on the head."""
+    return host.run(*INV, *UP, *words, env=SHELL | FLEET | env, timeout=240)
+
+
+@pytest.fixture
+def pair(sparks, shells):
+    """The two hosts with a sshd on the worker, which is as it was again afterwards."""
+    yield sparks
+    shells.start(sparks[1])
+
+
+def test_up_up_again_and_down(pair, terminal):
+    """All of it comes up and answers; a second time everything is left alone; down removes it and says so."""
+    first = up(pair[0])
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "Ready after" in first.stderr and "rehearsal: first request" in first.stderr
+    assert KEY not in first.stdout + first.stderr and first.stdout == ""
+    assert "VLLM_IMAGE=rehearsal/vllm-ray" in first.stderr, "what the shell said here is said to the worker, too"
+    kept = json.loads((pair[0].cache / "node-ray/ready.json").read_text())
+    assert kept["rehearsal on 10.0.0.1, 10.0.0.2"]["seconds"] > 5
+    again = up(pair[0])
+    assert again.returncode == 0 and again.stderr.count("left alone") == 3, again.stderr
+    other = up(pair[0], "--max-len", "256")
+    assert other.returncode != 0 and "another line" in other.stderr and "inv stop" in other.stderr
+    assert serving(pair[0]), "what was there before is not taken down by one that is refused"
+    down = inv(pair[0], "down", **FLEET)
+    assert down.returncode == 0, down.stderr
+    assert "spark-2 | node-ray was removed (running" in down.stderr and "\nnode-ray was removed" in down.stderr
+    assert [containers(host) for host in pair] == ["", ""]
+    assert "nothing was removed" in inv(pair[0], "down", **FLEET).stderr
+
+
+def test_up_with_a_worker_that_is_not_reached(pair, shells):
+    """ssh's own words, the host, the command; and the head that had started is gone again."""
+    shells.stop(pair[1])
+    done = up(pair[0])
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "spark-2: `inv worker --detach --model rehearsal" in done.stderr
+    assert "Connection refused" in done.stderr and "ssh -v spark-2 true" in done.stderr
+    assert [containers(host) for host in pair] == ["", ""]
+    unreached = inv(pair[0], "down", **FLEET)
+    assert unreached.returncode != 0 and "spark-2: `inv down --here" in unreached.stderr
+
+
+def test_up_with_another_version_of_the_repository_there(pair, tmp_path):
+    """One byte in a template is another version: refused there, and nothing stays."""
+    copy = tmp_path / "sparks"
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__"))
+    (copy / ".venv").symlink_to(REPOSITORY / ".venv")
+    with (copy / "templates/ray_worker.j2").open("a") as template:
+        template.write("--verbose\n")
+    done = up(pair[0], REPO_DIR=str(copy))
+    assert done.returncode != 0 and f"The repository here ({copy}) is another version than the head's" in done.stderr
+    assert "git pull" in done.stderr
+    assert [containers(host) for host in pair] == ["", ""]
+
+
+def test_up_without_the_repository_there(pair):
+    """Nothing at REPO_DIR: which setting says where it is."""
+    done = up(pair[0], REPO_DIR="nowhere/sparks")
+    assert done.returncode != 0 and "REPO_DIR in .env" in done.stderr
+    assert [containers(host) for host in pair] == ["", ""]
+
+
+def test_up_with_no_space_left_there(pair, shells):
+    """The worker's own sentence, with its node and command; with --keep the head stays."""
+    shells.start(pair[1], CACHE_DIR=FULL)
+    done = up(pair[0], "--keep")
+    assert done.returncode != 0 and "No space left on device" in done.stderr
+    assert "spark-2: `inv worker --detach --model rehearsal" in done.stderr
+    assert containers(pair[0]) == "node-ray running" and containers(pair[1]) == ""
+    shells.start(pair[1])
+    assert inv(pair[0], "down", **FLEET).returncode == 0
+    assert containers(pair[0]) == ""
+
+
+def test_up_needs_as_many_workers_as_the_model(pair):
+    """Counted before anything starts."""
+    done = up(pair[0], TP_SIZE="4")
+    assert done.returncode != 0 and "needs 3 workers" in done.stderr and "WORKER_HOSTS" in done.stderr
+    assert containers(pair[0]) == ""
+
+
+def test_ctrl_c_at_up_takes_down_what_it_started(pair, terminal):
+    """In the middle of a load, with a worker over ssh: no container stays anywhere."""
+    typed = terminal(pair[0], *UP, **FLEET)
+    typed.until("rehearsal: ranks", 90)
+    typed.end(signal.SIGINT, 60)
+    assert gone(pair[0]) and gone(pair[1]), typed.said
+    assert "taken down again" in typed.said and "Traceback" not in typed.said
+
+
+def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair, terminal):
+    """As with launch: the load goes on, and the next up waits for it."""
+    typed = terminal(pair[0], *UP, **FLEET)
+    typed.until("rehearsal: ranks", 90)
+    typed.end(signal.SIGHUP, 60)
+    assert settled(lambda: serving(pair[0])), typed.said
+    again = up(pair[0])
+    assert again.returncode == 0 and "Ready after" in again.stderr, again.stderr[-2000:]
+    assert inv(pair[0], "health", **FLEET).returncode == 0
+    assert inv(pair[0], "down", **FLEET).returncode == 0
+
+
+def test_a_detached_head_is_a_head(pair):
+    """`head --detach` comes back when Ray runs, keeps a log, and is left alone the second time."""
+    first = inv(pair[0], "head", "--model", "rehearsal", "--detach")
+    assert first.returncode == 0 and containers(pair[0]) == "node-ray running"
+    assert first.stdout.strip() == pair[0].run("docker", "inspect", "--format", "{{.Id}}", "node-ray").stdout.strip()
+    again = inv(pair[0], "head", "--model", "rehearsal", "--detach")
+    assert again.returncode == 0 and again.stdout == "" and "left alone" in again.stderr
+    other = inv(pair[0], "head", "--detach")
+    assert other.returncode != 0 and "started with another NODE_RAY_WRAPPER" in other.stderr
+    assert "Ray runtime started" in inv(pair[0], "logs", "--node").stdout
+    assert inv(pair[0], "down", "--here").returncode == 0
+    assert wait(lambda: not containers(pair[0]), 10)
+    assert "Ray runtime started" in inv(pair[0], "logs", "--node").stdout, "the log outlives the node"
+    assert "There is no" in inv(pair[1], "logs").stderr
+
+
+def test_a_worker_of_another_head_is_left_alone(pair):
+    """`down` on the head removes what is the head's."""
+    assert inv(pair[0], "head", "--model", "rehearsal", "--detach").returncode == 0
+    assert inv(pair[1], "worker", "--model", "rehearsal", "--detach").returncode == 0
+    there = inv(pair[1], "down", "--here", "--head-ip", "10.0.0.9")
+    assert there.returncode == 0 and "another head, 10.0.0.1" in there.stderr
+    assert containers(pair[1]) == "node-ray running"
+    assert inv(pair[0], "down", **FLEET).returncode == 0

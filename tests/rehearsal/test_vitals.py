@@ -1,0 +1,197 @@
+"""What a running cluster tells, on one that serves: each state of `inv health` with its exit status, under load,
+frozen, without its worker; the tests follow each other on it, and the last one takes it down."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from client import TOKENS
+from operating import KEY, SHELL, containers, inv, serving, settled
+
+from rehearsal.flow import ALLOW
+from rehearsal.hosts import INV, Host
+from rehearsal.shell import wait
+
+pytestmark = pytest.mark.rehearsal
+CLIENT = str(Path(__file__).with_name("client.py"))
+URL = "http://10.0.0.1:8000"
+FLEET = {"VLLM_API_KEY": KEY, "WORKER_HOSTS": "spark-2"}
+LONG = """
+import json, os, sys, urllib.request
+body = {"model": "tiny", "prompt": "a" * 90_000, "max_tokens": 1}
+headers = {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["KEY"]}
+request = urllib.request.Request(sys.argv[1] + "/v1/completions", json.dumps(body).encode(), headers)
+print(json.load(urllib.request.urlopen(request, timeout=300))["usage"]["prompt_tokens"])
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(rig, shells) -> Iterator[list[Host]]:
+    """Two hosts that serve the tiny model with room for a long prompt."""
+    words = ("up", "--model", "rehearsal", "--max-len", "128K", "--allow", ALLOW)
+    done = rig.hosts[0].run(*INV, *words, env=SHELL | FLEET, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield rig.hosts
+    for host in rig.hosts:
+        host.run("docker", "rm", "--force", "node-ray")
+
+
+def health(pair, **env) -> tuple[int, str]:
+    """Exit status of `inv health`, and its last line."""
+    done = inv(pair[0], "health", **FLEET | env)
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def freeze(host: Host, name: str) -> None:
+    """Send a signal to the server's whole process group."""
+    host.run("docker", "exec", "node-ray", "bash", "-c", f"kill -{name} -- -$(cat /run/vllm-serve.pid)")
+
+
+def test_healthy_within_five_seconds(pair):
+    """A token was generated; for a machine the same as JSON."""
+    start = time.monotonic()
+    done = inv(pair[0], "health", "--json", **FLEET)
+    assert time.monotonic() - start < 5
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["state"], told["code"]) == (0, "healthy", 0), done.stderr
+    assert "one token" in told["parts"]["API"]["says"] and "10.0.0.2 (ranks: 1)" in told["parts"]["Ray"]["says"]
+    assert KEY not in done.stdout + done.stderr
+
+
+def test_status_is_one_screen(pair):
+    """Nodes, image, model, context, memory and its low-water mark, links, since when; and as JSON."""
+    done = inv(pair[0], "status", "--json", **FLEET)
+    told = json.loads(done.stdout)
+    assert told["state"] == "healthy" and told["server"]["model"] == "tiny" and told["server"]["context"] == 131072
+    assert [node["hostname"] for node in told["nodes"]] == ["spark-1", "spark-2"]
+    assert all(node["lowest"] <= node["available"] + 2**30 and node["image"] for node in told["nodes"])
+    assert all(set(node["links"].values()) == {"up"} for node in told["nodes"])
+    assert 0 < time.time() - told["nodes"][0]["since"] < 3600
+    assert max(len(line) for line in done.stderr.splitlines()) <= 120 and "131,072 tokens" in done.stderr
+    assert "worker of 10.0.0.1" in inv(pair[1], "status").stderr
+
+
+def test_the_fabric_is_not_proved_while_a_server_has_the_gpus(pair):
+    """The all-reduce would wait for them: refused at once."""
+    done = inv(pair[0], "check", "--model", "rehearsal", "--fabric", "--allow", ALLOW, **FLEET)
+    assert done.returncode != 0 and "A server runs in this container already. Type: inv stop" in done.stderr
+
+
+def test_logs_are_the_servers_and_the_nodes(pair):
+    """The head has both, the worker its own."""
+    assert "Application startup complete" in inv(pair[0], "logs").stdout
+    assert "Ray runtime started" in inv(pair[1], "logs", "--node").stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "said"),
+    [
+        ({"VLLM_API_KEY": "wrong"}, 15, "API key wrong: "),
+        ({"VLLM_API_KEY": ""}, 15, "API key wrong: "),
+        ({"MEM_WARN_GIB": "999"}, 16, "memory low: "),
+    ],
+    ids=["another key", "no key", "memory"],
+)
+def test_a_trouble_has_its_own_exit_status(pair, env, code, said):
+    """And its own words, with the next command."""
+    found, line = health(pair, **env)
+    assert (found, line[: len(said)]) == (code, said) and "Next: " in line
+
+
+def test_a_link_that_went_down_is_degraded(pair, rig):
+    """On the other node, too: it still serves, over what is left."""
+    rig.link_down(pair[1], "enp1s0f0np0")
+    found = wait(lambda: health(pair)[0] == 17, 20, pause=1)
+    line = health(pair)[1]
+    rig.link_up(pair[1], "enp1s0f0np0")
+    assert found and "enp1s0f0np0 of 10.0.0.2 is down" in line
+    assert wait(lambda: health(pair)[0] == 0, 60, pause=1)
+
+
+def test_200_requests_at_once_while_health_is_asked_every_second(pair):
+    """None of the requests is lost, and health never says anything but healthy or busy."""
+    client = pair[1].popen(sys.executable, CLIENT, URL, "200", env={"KEY": KEY}, stdout=subprocess.PIPE, text=True)
+    states = []
+    while client.poll() is None:
+        states.append(health(pair))
+        time.sleep(1)
+    answers = json.loads(client.stdout.read())
+    assert answers == [[200, TOKENS]] * 200
+    assert states and {code for code, _ in states} <= {0, 10}, states
+
+
+def test_a_long_prompt_is_busy_and_never_hung(pair):
+    """With a HANG_S that its prefill outlasts many times: what moves is not hung, whoever waits behind it."""
+    client = pair[1].popen(sys.executable, "-c", LONG, URL, env={"KEY": KEY}, stdout=subprocess.PIPE, text=True)
+    time.sleep(3)
+    states = []
+    while client.poll() is None and len(states) < 6:
+        states.append(health(pair, HANG_S="2"))
+    assert len(states) == 6 and {code for code, _ in states} == {10}, states
+    assert client.wait(200) == 0 and client.stdout.read().strip() == "90000"
+    assert health(pair)[0] == 0
+
+
+def test_a_frozen_server_is_hung(pair):
+    """Once nothing has moved for HANG_S, and not before; thawed it is healthy."""
+    freeze(pair[0], "STOP")
+    try:
+        assert health(pair, HANG_S="300")[0] == 10
+        assert wait(lambda: health(pair, HANG_S="8")[0] == 13, 60)
+        code, line = health(pair, HANG_S="8")
+    finally:
+        freeze(pair[0], "CONT")
+    assert code == 13 and "HANG_S: 8" in line and "inv stop" in line
+    assert wait(lambda: health(pair)[0] == 0, 20)
+
+
+def test_a_launch_whose_terminal_is_closed_while_detached_serves_on(pair, terminal):
+    """Stopped it is not running; launched detached, with its terminal gone, it loads, and then serves."""
+    assert inv(pair[0], "stop").returncode == 0
+    assert health(pair)[0] == 12
+    launch = terminal(pair[0], "launch", "rehearsal", "--detach", "--allow", ALLOW, **FLEET)
+    launch.until("The server is loading")
+    launch.end(signal.SIGHUP)
+    assert health(pair)[0] == 11
+    assert wait(lambda: health(pair)[0] == 0, 120, pause=2), health(pair)
+
+
+def test_watch_sees_a_kill_and_runs_the_hook_once(pair, terminal, tmp_path):
+    """On the third machine: after WATCH_FAILURES, once, for WATCH_MAX forbids more; and no secret goes along."""
+    seen, hook = tmp_path / "seen", tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\nenv >>{seen}\n")
+    hook.chmod(0o755)
+    env = {"WATCH_INTERVAL_S": "1", "WATCH_FAILURES": "2", "WATCH_COOLDOWN_S": "0", "WATCH_MAX": "1"}
+    watch = terminal(pair[1], "watch", "--url", URL, VLLM_API_KEY=KEY, WATCH_HOOK=str(hook), **env)
+    watch.until("armed")
+    freeze(pair[0], "KILL")
+    watch.until("held back: WATCH_MAX is 1", 60)
+    assert settled(lambda: seen.read_text().count("WATCH_EVENT=down") == 1, 4)
+    assert "WATCH_URL=http://10.0.0.1:8000" in seen.read_text() and KEY not in seen.read_text()
+    assert watch.end(signal.SIGTERM) == 0 and watch.said.rstrip().endswith("stopped")
+    code, line = health(pair)
+    assert code == 12 and "ended by itself" in line and "inv logs" in line
+
+
+def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
+    """Within Ray's own time; the head's container stays until `down` removes it."""
+    words = ("launch", "rehearsal", "--detach", "--allow", ALLOW)
+    assert inv(pair[0], *words, **FLEET).returncode == 0
+    assert wait(lambda: health(pair)[0] == 0, 120, pause=2), health(pair)
+    client = pair[1].popen(sys.executable, CLIENT, URL, "50", env={"KEY": KEY}, stderr=subprocess.DEVNULL)
+    time.sleep(1)
+    pair[1].run("docker", "kill", "node-ray")
+    assert wait(lambda: health(pair)[0] == 14, 60, pause=1), health(pair)
+    assert "10.0.0.1" in health(pair)[1] and "inv down" in health(pair)[1]
+    client.kill()
+    client.wait(10)
+    assert wait(lambda: not serving(pair[0]), 30)
+    down = inv(pair[0], "down", **FLEET)
+    assert down.returncode == 0 and "node-ray was removed" in down.stderr
+    assert [containers(host) for host in pair] == ["", ""]
+    assert health(pair)[0] == 12

@@ -1,0 +1,271 @@
+"""A load is followed: the phase by the server's own log, how long it should take, and stuck told from slow."""
+
+import json
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from invoke import Exit
+
+from cluster import node, server
+from settings import models, resolve
+from vitals import load, progress, ready, recorded
+from vitals.api import Answer
+from vitals.phases import PHASES, Load
+from vitals.progress import EVERY_S, Progress
+from vitals.recorded import FRESH_S
+from vitals.states import LOAD
+
+BOTH = ("10.0.0.1", "10.0.0.2")
+STAMP = "(EngineCore pid=7) INFO 01-02 03:04:05"
+RANK = "(EngineCore pid=7) (RayWorkerWrapper pid=92, ip=10.0.0.2) INFO 01-02 03:04:05"
+SHARDS = "Loading safetensors checkpoint shards: "
+# Shapes of vLLM's own lines, V1 engine over Ray; beside each what is shown once it is read.
+LINES = [
+    ("(APIServer pid=1) INFO 01-02 03:04:05 [api_server.py:1] vLLM API server version 0.21.0", "start"),
+    ("(APIServer pid=1) INFO 01-02 03:04:05 [model.py:1] Using max model len 1048576", "start"),
+    (f"{STAMP} [core.py:1] Initializing a V1 LLM engine (v0.21.0) with config: model='m', seed=0", "ranks"),
+    ("2026-01-02 03:04:05,678\tINFO worker.py:1 -- Connecting to existing Ray cluster at address: 10.0.0.1", "ranks"),
+    (f"{RANK} [parallel_state.py:1] world_size=2 rank=1 local_rank=0 backend=nccl", "ranks"),
+    (f"{RANK} [gpu_model_runner.py:1] Starting to load model m...", "weights"),
+    (f"{RANK} [cuda.py:1] Enforce eager set, disabling torch.compile and CUDAGraphs.", "weights"),
+    (f"{SHARDS}  0% Completed | 0/6 [00:00<?, ?it/s]", "weights 0%"),
+    (f"{SHARDS} 50% Completed | 3/6 [00:05<00:04,  1.5s/it]", "weights 50%"),
+    ("", "weights 50%"),
+    (f"{SHARDS}100% Completed | 6/6 [00:09<00:00,  1.6s/it]", "weights 100%"),
+    (f"{STAMP} [default_loader.py:1] Loading weights took 61.3 seconds", "weights 100%"),
+    (f"{RANK} [gpu_model_runner.py:1] Model loading took 35.1 GiB memory and 62.1 seconds", "profiling"),
+    (f"{STAMP} [gpu_model_runner.py:1] Starting to load model drafter...", "profiling"),
+    (f"{STAMP} [backends.py:1] Dynamo bytecode transform time: 9.1 s", "compilation"),
+    (f"{STAMP} [backends.py:1] Compiling a graph for dynamic shape takes 33.2 s", "compilation"),
+    (f"{STAMP} [monitor.py:1] torch.compile takes 43.0 s in total", "compilation"),
+    (f"{STAMP} [gpu_worker.py:1] Available KV cache memory: 46.4 GiB", "KV cache"),
+    (f"{STAMP} [kv_cache_utils.py:1] GPU KV cache size: 10,009,134 tokens", "KV cache"),
+    (f"{STAMP} [kv_cache_utils.py:1] Maximum concurrency for 1,048,576 tokens per request: 9.54x", "KV cache"),
+    ("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|██████████| 17/17", "graph capture 100%"),
+    ("Capturing CUDA graphs (decode, FULL):  35%|███▌      | 6/17", "graph capture 35%"),
+    (f"{STAMP} [gpu_model_runner.py:1] Graph capturing finished in 9 secs, took 0.49 GiB", "warm-up"),
+    (f"{STAMP} [core.py:1] init engine (profile, create kv cache, warmup model) took 60.1 s", "warm-up"),
+    ("(APIServer pid=1) INFO 01-02 03:04:05 [api_server.py:1] Starting vLLM server on http://0.0.0.0:8000", "warm-up"),
+    ("(APIServer pid=1) INFO:     Application startup complete.", "API"),
+    (f"{STAMP} [loggers.py:1] GPU KV cache usage: 0.0%, Prefix cache hit rate: 0.0%", "API"),
+]
+
+
+def test_each_line_shows_the_phase():
+    """What is shown after each line of a whole load, a bar's percent with it; and no phase is passed over."""
+    so_far = Load()
+    assert [(line, so_far.read(line), str(so_far))[::2] for line, _ in LINES] == LINES
+    assert [*so_far.passed, so_far.phase] == [name for name, _ in PHASES]
+
+
+def test_a_new_phase_is_told_once():
+    """A line is worth saying when the phase is another; the same and an earlier one are not."""
+    so_far = Load()
+    told = [shown for line, shown in LINES if so_far.read(line)]
+    assert [shown.partition(" ")[0] for shown in told] == [name.partition(" ")[0] for name, _ in PHASES[1:]]
+
+
+def test_phases_that_a_load_does_not_have_are_passed_over():
+    """--enforce-eager compiles and captures nothing; a line that says so is no compilation."""
+    so_far = Load()
+    for line, _ in LINES:
+        if "torch.compile takes" not in line and not line.startswith("Capturing") and "backends.py" not in line:
+            so_far.read(line)
+    assert so_far.phase == "API" and {"compilation", "graph capture"}.isdisjoint(so_far.passed)
+
+
+def test_phases_only_go_forward():
+    """A late line of a slower rank, with its bar, changes neither phase nor percent."""
+    so_far = Load()
+    for line in (LINES[20][0], LINES[8][0], LINES[5][0], LINES[2][0]):
+        so_far.read(line)
+    assert str(so_far) == "graph capture 100%"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Two clocks that only a test moves, by `clock.now`."""
+    clock = SimpleNamespace(now=1000.0)
+    both = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1_700_000_000 + clock.now, sleep=lambda _: None)
+    monkeypatch.setattr(progress, "time", both)
+    return clock
+
+
+def test_off_a_terminal_a_line_now_and_then(clock, capsys):
+    """One for each new phase, and one each 30 s of the same: a log that is not flooded, and never seems dead."""
+    with Progress("tiny", 90) as shown:
+        for second in range(100):
+            clock.now = 1000 + second
+            shown.show("weights", new=second in (0, 40))
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [f"tiny: weights, {second} s, 90 s expected" for second in (0, 30, 40, 70)]
+    assert out == "" and EVERY_S == 30
+
+
+def test_a_load_that_began_earlier_has_taken_as_long(clock, capsys):
+    """`since` is when it was started, by another terminal perhaps; before the first load nothing is expected."""
+    with Progress("tiny", since=1_700_000_000 + 880.0) as shown:
+        shown.show("warm-up", new=True)
+    assert (shown.seconds, capsys.readouterr().err) == (120, "tiny: warm-up, 120 s\n")
+
+
+def test_lines_of_the_log_go_to_standard_output(clock, capsys, monkeypatch):
+    """Unchanged, whatever they hold; where nobody reads them that is said, and that the server runs on."""
+    with Progress("tiny") as shown:
+        shown.line("[bold]100%[/] {x}")
+        assert capsys.readouterr() == ("[bold]100%[/] {x}\n", "")
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone))
+        with pytest.raises(Exit, match="runs on"):
+            shown.line("more")
+
+
+def _gone(*_):
+    raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.fixture
+def settings(operator, tmp_path):
+    """A model's settings, with a folder for logs."""
+    (tmp_path / "node-ray").mkdir()
+    shell = {"CACHE_DIR": str(tmp_path), "ENV_FILE": "", "STALL_S": "600", "VLLM_API_KEY": "sk"}
+    return resolve.load(models.find("nemotron"), {}, shell)
+
+
+@pytest.fixture
+def folder(tmp_path, settings):
+    """Where the server's log is, and what is kept beside it."""
+    return tmp_path / "node-ray"
+
+
+def test_the_next_load_takes_as_long_as_the_last(settings, folder):
+    """By model and nodes, in whichever order they are named; other nodes and other models have times of their own."""
+    assert ready.expected(settings, BOTH) is None
+    ready.record(settings, BOTH, 500.04)
+    ready.record(settings, BOTH[:1], 900)
+    ready.record(settings, reversed(BOTH), 480.26)
+    assert (ready.expected(settings, BOTH), ready.expected(settings, BOTH[::-1])) == (480.3, 480.3)
+    assert ready.expected(settings, BOTH[:1]) == 900
+    other = resolve.load(models.find("qwen-30b"), {}, {"CACHE_DIR": settings["CACHE_DIR"], "ENV_FILE": ""})
+    assert ready.expected(other, BOTH) is None
+    assert [file.name for file in folder.iterdir()] == ["ready.json"]
+
+
+KEY = '"nemotron on 10.0.0.1, 10.0.0.2"'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", "\0", "\udcff", *(f"{{{KEY}: {it}}}" for it in ("7", "[]", "{}", '{"seconds": []}'))],
+)
+def test_a_broken_file_is_begun_anew(text, settings, folder):
+    """Nothing is expected then, nothing fails, and the next load is kept."""
+    (folder / "ready.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert ready.expected(settings, BOTH) is None
+    ready.record(settings, BOTH, 7)
+    assert ready.expected(settings, BOTH) == 7
+
+
+def test_a_folder_that_cannot_be_written_is_said(settings, folder, capsys):
+    """A load that went well does not fail for the want of a note."""
+    folder.rmdir()
+    folder.write_text("a file where the folder should be")
+    ready.record(settings, BOTH, 7)
+    assert "ready.json cannot be written (Not a directory)" in capsys.readouterr().err
+    assert ready.expected(settings, BOTH) is None
+
+
+@pytest.fixture
+def loading(settings, folder, clock, monkeypatch, capsys):
+    """Follows a made-up load: lines come at once, the API is up after so many looks; what was said."""
+    monkeypatch.setattr(load, "PAUSE_S", 0)
+
+    def follow(lines=(), looks=3, over=False, stay=False, shown=True):
+        up = iter([False] * looks + [True])
+        monkeypatch.setattr(load, "_is_up", lambda _: next(up))
+        log = load.Log(SimpleNamespace(stdout=[f"{line}\n" for line in lines]))
+        while not log.over:
+            pass
+        log.over = over
+        with Progress("nemotron") as progress:
+            load._until_ready(settings, log, progress, shown, stay)
+        return capsys.readouterr()
+
+    return follow
+
+
+def wrote(folder, quiet, age=1.0):
+    """The recorder's last look, `age` seconds ago, at a load that had then been quiet for so long."""
+    told = {"at": recorded.time.time() - age, "nodes": {}, "quiet": dict.fromkeys(LOAD, quiet)}
+    (folder / "vitals.json").write_text(json.dumps(told))
+
+
+def test_a_load_is_shown_as_it_goes(loading):
+    """Every line of the log, and a line at each new phase; nothing else once the API listens."""
+    out, err = loading([line for line, _ in LINES[:6]])
+    assert out.splitlines() == [line for line, _ in LINES[:6]] and err == "nemotron: weights, 0 s\n"
+    assert loading([LINES[6][0]], shown=False).out == ""
+
+
+def test_a_server_that_ends_is_no_wait(loading):
+    """Its last lines are what is said, and where the rest is."""
+    lines = [f"line {number}" for number in range(30)]
+    with pytest.raises(Exit, match="The server has ended") as ended:
+        loading(lines, looks=9, over=True)
+    assert "  line 18\n" in ended.value.message and "line 17" not in ended.value.message
+    assert "  line 29\nAll of it: inv logs" in ended.value.message
+
+
+def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
+    """With its phase and where to look: `up` fails, `launch` says it once and leaves it to the person."""
+    wrote(folder, quiet=700)
+    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* To end it: inv stop$"):
+        loading([LINES[5][0]], looks=9)
+    assert loading([LINES[5][0]], looks=9, stay=True).err.count("STUCK in weights") == 1
+
+
+@pytest.mark.parametrize(("quiet", "age"), [(599, 1), (9999, FRESH_S + 2), (None, 0)], ids=["slow", "stale", "nothing"])
+def test_what_nobody_can_tell_is_not_stuck(quiet, age, loading, folder):
+    """A load that is slow, a recorder that tells of long ago, or none: it is waited for."""
+    if quiet:
+        wrote(folder, quiet, age)
+    assert "STUCK" not in loading().err
+
+
+def test_the_server_before_is_not_this_one():
+    """What was seen of it goes before the next one starts: a load that has just begun is not stuck for another's."""
+    assert 0 < server.START.index(f"rm -f {node.LOGS}/vitals.json;") < server.START.index("setsid")
+
+
+@pytest.fixture
+def first_request(settings, monkeypatch, capsys):
+    """Sends the first request to a made-up server, which answers once its log was looked at; what was asked, said."""
+    asked, looked = [], threading.Event()
+
+    def send(answer, over=False):
+        monkeypatch.setattr(load.api, "generate", lambda *words: (asked.append(words), looked.wait(5), answer)[-1])
+        log = SimpleNamespace(new=lambda: looked.set() or [], over=over, last=["killed"])
+        with Progress("nemotron") as progress:
+            load._warm_up(settings, log, progress, shown=True)
+        return asked[0], capsys.readouterr().err
+
+    return send
+
+
+def test_the_first_request_is_part_of_the_load(first_request):
+    """It compiles kernels, so it is waited for, with the key, before the server counts as ready; and it is shown."""
+    asked, said = first_request(Answer(200, "{}", 49.0))
+    assert asked == ("http://127.0.0.1:8000", "sk", load.WARM_UP_S) and said == "nemotron: first request, 0 s\n"
+
+
+def test_a_first_request_that_is_refused_fails(first_request):
+    """With what it was answered, and the next command."""
+    with pytest.raises(Exit, match="answered 500: no kernel image\nType: inv health"):
+        first_request(Answer(500, "no kernel image", 0.1))
+
+
+def test_a_server_that_ends_at_the_first_request_fails(first_request):
+    """With the last lines of its log."""
+    with pytest.raises(Exit, match=r"The server has ended.*\n  killed\n"):
+        first_request(Answer(200, "{}", 0.1), over=True)
