@@ -12,7 +12,7 @@ from cluster import plan as planned
 from cluster import token as tokens
 from command import run
 from command.command import Command, say, show
-from host import engine, links
+from host import links
 from settings import models, resolve, version
 from settings.resolve import Settings
 
@@ -21,6 +21,7 @@ verb = partial(task, auto_shortflags=False)
 MODEL = "the model, by the name of its profile: " + ", ".join(models.known())
 START = "a model whose variables are forwarded and whose image is used"
 DETACH = "come back once Ray runs; inv logs --node has its log"
+LEAVE = "come back at once; inv logs has the log"
 ALLOW = "rules to pass over, comma separated; each finding names its own"
 MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 256k (256000)"
 
@@ -58,7 +59,7 @@ def worker(
     _bring_up(c, node.worker(settings, net, detach), lambda: guards.before_worker(settings, net))
 
 
-@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": "come back at once; inv logs has the log"})
+@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
 def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
     settings = _settings(model, MAX_MODEL_LEN=max_len)
@@ -294,16 +295,15 @@ def _bring_up(c: Context, commands: list[Command], guard: Callable[[], None]) ->
     say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
     if not container.log:
         run.become(container)
-    detached.start(container)
-    print(engine.node().id)
+    print(detached.start(container))
 
 
 def _launcher(model: models.Model) -> Task:
     """`launch-NAME`, for the model called NAME."""
 
-    @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN, "allow": ALLOW})
-    def launch_model(c: Context, max_len: str | None = None, allow: str | None = None) -> None:
-        launch(c, model.name, max_len, allow)
+    @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
+    def launch_model(c: Context, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
+        launch(c, model.name, max_len, allow, detach)
 
     launch_model.__doc__ = f"The same as launch --model {model.name}."
     return launch_model

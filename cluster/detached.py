@@ -1,6 +1,7 @@
 """A node that outlives its terminal: the same `docker run`, in a session of its own, its output in a log."""
 
 import time
+from contextlib import suppress
 
 from invoke import Exit
 
@@ -20,23 +21,37 @@ def runs_already(container: Command) -> bool:
         return False
     there, asked = engine.environment(found), container.env | run.answers(container)
     if other := [name for name, value in asked.items() if there.get(name) != value]:
-        raise Exit(f"{CONTAINER} runs here already, started with another {' and '.join(other)}. Type: inv down")
+        raise Exit(f"{CONTAINER} runs here already, started with another {' and '.join(other)}. Type: inv down --here")
     say(f"{CONTAINER} runs here already, started just so ({engine.age(found)} ago): it is left alone.")
     return True
 
 
-def start(container: Command) -> None:
-    """Start the node and wait until Ray runs in it; raises Exit with its last lines if it ends or takes START_S."""
+def start(container: Command) -> str:
+    """Start the node and wait until Ray runs in it; the container's id.
+
+    Raises Exit with the log's last lines if it ends or takes START_S; then, as after a Ctrl-C, no container stays.
+    """
     process, begun = run.detach(container)
+    try:
+        _until_ray_runs(process, container, begun)
+        found = engine.node()
+    except BaseException:
+        process.terminate()  # it passes that on, and the container goes
+        with suppress(run.TooLate):
+            process.wait(20)
+        raise
+    say(f"Ray runs in {CONTAINER}. Its log: inv logs --node; to end it: inv down --here")
+    return found.id if found else ""
+
+
+def _until_ray_runs(process: run.Child, container: Command, begun: int) -> None:
     deadline = time.monotonic() + START_S
     while _STARTED not in (said := _read(container, begun)):
         if process.poll() is not None:
             raise Exit(_failed(f"ended with status {process.returncode}", container, said))
         if time.monotonic() > deadline:
-            process.terminate()
             raise Exit(_failed(f"did not start Ray within {START_S} s", container, said))
         time.sleep(0.1)
-    say(f"Ray runs in {CONTAINER}. Its log: inv logs --node; to end it: inv down --here")
 
 
 def _read(container: Command, begun: int) -> str:

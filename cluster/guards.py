@@ -133,7 +133,7 @@ def _forwarded(settings: Settings, head: Container) -> None:
             f"The head's container did not start with what {settings.model.name} needs:\n"
             + "\n".join(wrong)
             + "\nThese must be there when the containers start, on every node: `docker exec` cannot give them to the "
-            "processes that Ray starts on a worker.\nEnd inv head and inv worker with Ctrl-C, then type:\n"
+            "processes that Ray starts on a worker.\nEnd inv head and inv worker (Ctrl-C, or inv down), then type:\n"
             f"  inv head{_model(settings)}     # here\n  inv worker{_model(settings)}   # on every other node"
         )
 

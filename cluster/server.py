@@ -1,6 +1,6 @@
 """The model's server: `vllm serve` in the head's container, detached, its log in a file that outlives the container."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from invoke import Exit
@@ -28,7 +28,7 @@ START = (
     f"exec 9>{PID}.lock; flock -n 9 || {{ echo a server runs here already >&2; exit 1; }}; "
     f"rm -f {node.LOGS}/vitals.json; test -e {LOG} && mv {LOG} {LOG}.1; "
     f'setsid "$@" </dev/null >>{LOG} 2>&1 & p=$!; echo $p >{PID}; '
-    f'printf "%s\\n" "$@" >{WORDS}; exec 9>&-; while sleep 60; kill -0 -- -$p; do '
+    f'printf "%s\\n" "$@" >{WORDS}; exec 9>&-; until timeout 60 tail -f --pid=$p /dev/null; do '
     f"test $(stat -c %s {LOG}) -lt {run.LOG_BYTES} || {{ cp {LOG} {LOG}.1; : >{LOG}; }}; "
     "done </dev/null >/dev/null 2>&1 &"
 )
@@ -77,11 +77,11 @@ def start(settings: Settings) -> Command:
     return _inside(START, template.render(settings.model.serve, **values(settings)), settings, SECRETS)
 
 
-def recorder(settings: Settings) -> list[Command]:
-    """The commands that start, beside the server, what guards the memory and records what every node does."""
+def recorder(settings: Settings) -> Command:
+    """The command that starts, beside the server, what guards the memory and records what every node does."""
     api = url(settings["HOST"], settings["PORT"])
     asked = {"pid": PID, "folder": node.LOGS, "url": api, "least": settings["MEM_ABORT_GIB"]}
-    return [recorder_there(), _inside(RECORD, template.render("recorder.j2", place=RECORDER, **asked))]
+    return _inside(RECORD, template.render("recorder.j2", place=RECORDER, **asked))
 
 
 def recorder_there() -> Command:
@@ -102,7 +102,8 @@ def stop() -> Command:
 
 def commands(settings: Settings, detached: bool = False) -> list[Command]:
     """All that `launch` runs, in order."""
-    return [*fetch(settings), start(settings), *recorder(settings), *([] if detached else [follow()])]
+    begun = [recorder_there(), start(settings), recorder(settings)]
+    return [*fetch(settings), *begun, *([] if detached else [follow()])]
 
 
 def prepare(settings: Settings) -> None:
@@ -111,10 +112,16 @@ def prepare(settings: Settings) -> None:
         _fetched(command)
 
 
-def begin(settings: Settings) -> None:
-    """Start the server and its recorder, and come back at once; raises Exit if that fails."""
-    for command in (start(settings), *recorder(settings)):
-        run.run_whole(command)
+def begin(settings: Settings, started: Callable[[], None] = lambda: None) -> None:
+    """Start the server and its recorder, and come back at once; raises Exit if that fails.
+
+    started: called between the two, once the server is ours to stop.
+    """
+    run.run_whole(recorder_there())
+    with run.held():  # it must not load unguarded
+        run.run_whole(start(settings))
+        started()
+        run.run_whole(recorder(settings))
 
 
 def _fetched(command: Command) -> None:

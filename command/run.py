@@ -1,12 +1,14 @@
 """The one module that starts processes: it shows a command as text, runs it, or becomes it."""
 
+import errno
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -15,6 +17,8 @@ from invoke import Exit
 from command.command import Command, say
 
 Child = subprocess.Popen
+TooLate = subprocess.TimeoutExpired
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 LOG_BYTES = 64 * 2**20
 
 
@@ -25,17 +29,26 @@ def run(command: Command) -> None:
 
 
 def run_whole(command: Command) -> None:
-    """Like `run`, for a short command that must not be cut in two: a Ctrl-C counts when it has ended."""
+    """Like `run`, for a short command that must not be cut in two: a signal counts when it has ended."""
     say(command.text)
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
+    with held():
         # In a process group of its own the terminal's Ctrl-C does not reach it.
         _finish(command, _start(command, stdout=sys.stderr.fileno(), process_group=0))
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold Ctrl-C, hang-up and SIGTERM until the block has ended; then the first of them counts."""
+    got: list[int] = []
+    numbers = [one for one in (signal.SIGINT, *ENDINGS) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if got:
+            os.kill(os.getpid(), got[0])
 
 
 def become(command: Command) -> NoReturn:
@@ -66,7 +79,8 @@ def following(command: Command) -> Iterator[Child]:
         if followed:
             sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         with _start(command, stdout=subprocess.PIPE, text=True, errors="replace") as child:
             try:
@@ -95,22 +109,28 @@ def detach(command: Command) -> tuple[Child, int]:
             begun = log.tell()
             return _start(command, stdout=log, stderr=log, start_new_session=True), begun
     except OSError as error:
-        raise Exit(f"{command.log} cannot be written: {error.strerror}. Type: df -h {command.log.parent}") from None
+        look = "df -h" if error.errno == errno.ENOSPC else "ls -ld"
+        raise Exit(f"{command.log} cannot be written: {error.strerror}. Type: {look} {command.log.parent}") from None
 
 
-def told(command: Command, who: str, started: Callable[[Child], None]) -> str:
-    """Run a command whose standard error is shown line by line, who before each; its standard output.
+def told(command: Command, who: str, seconds: float) -> str:
+    """Run a command for at most so many seconds, its standard error shown line by line, who before each; its output.
 
-    started: gets the process, to end it early. Raises Exit with the command's status and its last lines if it fails.
+    Raises Exit with the command's status and its last lines if it fails, or takes longer.
     """
     last: deque[str] = deque(maxlen=12)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     with _start(command, process_group=0, **pipes) as child:
-        started(child)
+        late = threading.Timer(seconds, os.killpg, (child.pid, signal.SIGKILL))
+        late.start()
         for line in child.stderr:
             last.append(line.rstrip())
             say(f"{who} | {last[-1]}")
         out = child.stdout.read()
+        child.wait()
+        late.cancel()
+    if child.returncode == -signal.SIGKILL:
+        last.append(f"It took longer than {seconds:.0f} s and was given up.")
     if child.returncode:
         raise Exit("\n".join(last), code=child.returncode if child.returncode > 0 else 128 - child.returncode)
     return out.strip()
@@ -155,17 +175,8 @@ def hook(command: Command, seconds: float, without: tuple[str, ...] = ()) -> int
     Exit if it cannot be started.
     """
     env = {name: value for name, value in command.environ().items() if name not in without}
-    held: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
-    try:
-        status = _killed_after(seconds, command, env)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-    if held:
-        raise KeyboardInterrupt
-    return status
+    with held():
+        return _killed_after(seconds, command, env)
 
 
 def answers(command: Command) -> dict[str, str]:

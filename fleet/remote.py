@@ -1,7 +1,6 @@
 """A task of this repository on another node, over ssh: the operator's own configuration, agent and jump hosts count."""
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -29,7 +28,8 @@ class Remote:
 
 def hosts(settings: Settings) -> list[str]:
     """Every worker as ssh knows it: WORKER_HOSTS, or else the addresses in WORKER_IP."""
-    return [host for host in settings.get("WORKER_HOSTS", settings["WORKER_IP"]).split(",") if host]
+    named = settings.get("WORKER_HOSTS", settings["WORKER_IP"]).split(",")
+    return [host for host in dict.fromkeys(named) if host]
 
 
 def needed(settings: Settings) -> list[str]:
@@ -56,10 +56,13 @@ def down(settings: Settings, host: str) -> Remote:
     return _task(settings, host, "remote_down.j2", **settings.public())
 
 
-def run_there(remote: Remote, started: Callable[[run.Child], None] = lambda _: None) -> str:
-    """Run it, its lines shown as they come; its standard output. Raises Exit with node, command and last lines."""
+def run_there(remote: Remote, seconds: float) -> str:
+    """Run it for at most so many seconds, its lines shown as they come; its standard output.
+
+    Raises Exit with node, command and last lines.
+    """
     try:
-        return run.told(remote.command, remote.host, started)
+        return run.told(remote.command, remote.host, seconds)
     except Exit as error:
         raise Exit(_why(remote, error), code=error.code) from None
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from invoke import Exit
@@ -20,28 +18,19 @@ from cluster.node import Network
 from command import run
 from command.command import Command, say
 from fleet import down, remote
+from fleet.made import Made, alone, hear_nothing, taken_down
 from settings.resolve import Settings
 from vitals import load, recorded, served
+from vitals.served import Served
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 # Ray knows a node a moment after the node says that it runs.
 JOIN_S = 30
-
-
-@dataclass
-class Made:
-    """What this run has brought up, and so may take down: the head, workers by their host, the server."""
-
-    head: bool = False
-    server: bool = False
-    workers: set[str] = field(default_factory=set)
-    children: list[run.Child] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return self.head or self.server or bool(self.workers)
+# The recorder of a server that has just been started has to meet every node first.
+RECORDER_S = 60
+_ID = re.compile("[0-9a-f]{64}")
 
 
 def commands(settings: Settings, net: Network) -> list[Command]:
@@ -58,94 +47,59 @@ def up(settings: Settings, net: Network, allowed: Sequence[str], keep: bool, fab
     """
     guards.secrets(settings)
     hosts = remote.needed(settings)
-    with _taken_down(settings, Made(), keep) as made:
+    with alone(settings), taken_down(settings, Made(), keep) as made:
         _nodes(settings, net, hosts, made)
         head = guards.the_head(settings)
         if (running := served.ask(head)) and running.alive:
-            settings, addresses, since = _as_it_runs(settings, head, running.words), _seen(settings), running.since
+            settings, addresses, since = _as_it_runs(settings, head, running), _seen(settings), running.since
         else:
             found = _checked(settings, head, allowed, fabric)
             settings, addresses, since = found.settings, [one.address for one in found.nodes], None
             server.prepare(settings)
-            made.server = True
-            server.begin(settings)
+            server.begin(settings, made.has_server)
         load.follow(settings, addresses, since=since)
     say("How it is: inv health, inv status; its log: inv logs --follow; to take all of it down: inv down")
 
 
-@contextmanager
-def _taken_down(settings: Settings, made: Made, keep: bool) -> Iterator[Made]:
-    """Take down what was made if the block fails; a terminal that is lost while the server loads is no failure."""
-    for number in ENDINGS:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        yield made
-    except BaseException as error:
-        lost = made.server and isinstance(error, SystemExit) and error.code == 128 + signal.SIGHUP
-        if made and keep:
-            say("--keep: what this run has started is left as it is. To take it down: inv down")
-        elif made and not lost:
-            _undo(settings, made)
-        if isinstance(error, KeyboardInterrupt):
-            raise Exit("Ctrl-C.", code=130) from None
-        raise
-
-
-def _undo(settings: Settings, made: Made) -> None:
-    for number in (signal.SIGINT, *ENDINGS):
-        signal.signal(number, signal.SIG_IGN)  # it takes seconds, and nobody cleans up after it
-    say("What this run has started is taken down again.")
-    try:
-        # With its container the server goes at once.
-        if made.server and not made.head and guards.is_serving(guards.the_head(settings)):
-            run.run_whole(server.stop())
-    except Exit as error:
-        say(str(error.message))
-    say(*down.elsewhere(settings, sorted(made.workers)))
-    if made.head:
-        down.here()
-
-
 def _nodes(settings: Settings, net: Network, hosts: Sequence[str], made: Made) -> None:
-    """Head and workers at once: a worker waits for its head."""
+    """The head, then all workers at once, over ssh; an end that comes meanwhile waits for them, to know who is up."""
     *before, container = node.head(settings, net, detached=True)
-    if not (there := detached.runs_already(container)):
+    if not detached.runs_already(container):
         guards.before_head(settings, net)
-        made.head = True
         for command in before:
             run.run(command)
+        detached.start(container)
+        made.head = True
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:
         asked = [pool.submit(_worker, settings, host, made) for host in hosts]
         try:
-            if not there:
-                detached.start(container)
             wait(asked)
         except BaseException:
-            # Ended, they come back, and who has got how far is known before anything is taken down.
-            for child in made.children:
-                child.terminate()
+            hear_nothing()
+            say("Waiting for the workers to come back: only then is it known what has to be taken down.")
+            wait(asked)
             raise
-    _all_up(asked)
+    if failed := down.failures(asked):
+        raise Exit("\n".join(failed))
 
 
 def _worker(settings: Settings, host: str, made: Made) -> None:
     wanted = remote.worker(settings, host)
     say(wanted.command.text)
     try:
-        if remote.run_there(wanted, made.children.append):
+        # The last line: what a login prints comes before it.
+        if _ID.fullmatch(remote.run_there(wanted, _patience(settings)).rpartition("\n")[2]):
             made.workers.add(host)
     except Exit as error:
-        # It may have got further than it could say, but for one that ssh did not reach.
-        if made.head and error.code != remote.UNREACHED:
+        # A connection that broke, or was given up, in the middle may have left a node behind.
+        if made.head and error.code in (remote.UNREACHED, 128 + signal.SIGKILL):
             made.workers.add(host)
         raise
 
 
-def _all_up(asked: Sequence[Future]) -> None:
-    if failed := [str(one.exception().message) for one in asked if isinstance(one.exception(), Exit)]:
-        raise Exit("\n".join(failed))
-    for one in asked:
-        one.result()
+def _patience(settings: Settings) -> float:
+    """Seconds that a worker may take: until it sees the head, then until Ray runs in it, and some to spare."""
+    return int(settings["WAIT_HEAD_S"]) + detached.START_S + 30
 
 
 def _checked(settings: Settings, head: Container, allowed: Sequence[str], fabric: bool) -> Inspection:
@@ -161,18 +115,23 @@ def _checked(settings: Settings, head: Container, allowed: Sequence[str], fabric
     return found
 
 
-def _as_it_runs(settings: Settings, head: Container, words: Sequence[str]) -> Settings:
+def _as_it_runs(settings: Settings, head: Container, running: Served) -> Settings:
     """The settings of a server that runs already; raises Exit if it was launched with another line."""
     settings, _, _ = inspection.gated(settings, head, image.known(head, settings))
     wanted = server.words(settings)
-    if list(words) != wanted:
-        only = " ".join(word for word in words if word not in wanted) or "nothing"
-        missing = " ".join(word for word in wanted if word not in words) or "nothing"
+    if list(running.words) != wanted:
+        only = " ".join(word for word in running.words if word not in wanted) or "nothing"
+        missing = " ".join(word for word in wanted if word not in running.words) or "nothing"
         raise Exit(
             f"A server runs already, with another line: it alone has {only}; asked for alone is {missing}. To end it: "
             "inv stop"
         )
     say("The server runs already, with this line: it is left alone.")
+    seen = recorded.read(settings)
+    if (seen is None or not seen.fresh) and time.time() - running.since > RECORDER_S:
+        say("The recorder beside it has stopped: it is started again.")
+        run.run_whole(server.recorder_there())
+        run.run_whole(server.recorder(settings))
     return settings
 
 

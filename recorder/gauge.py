@@ -5,6 +5,7 @@ import glob
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import ray
@@ -12,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GPU_S = 5
+ROCE = "/sys/class/infiniband"
 
 
 def read(path):
@@ -50,8 +52,11 @@ class Gauge:
 
     def __init__(self):
         names = ",".join(os.environ.get(name, "") for name in ("NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
-        self.netdevs = sorted({name for name in names.split(",") if name})
-        self.gpu, self.asked = None, 0.0
+        hcas = os.environ.get("NCCL_IB_HCA", "").split(",")
+        halves = [os.path.basename(path) for hca in hcas for path in glob.glob(f"{ROCE}/{hca}/device/net/*") if hca]
+        self.netdevs = sorted({name for name in [*names.split(","), *halves] if name})
+        self.gpu, self.told = None, 0.0
+        threading.Thread(target=self.follow_gpu, daemon=True).start()
 
     def available(self):
         lines = read("/proc/meminfo").splitlines()
@@ -62,7 +67,7 @@ class Gauge:
             "available": self.available(),
             "ranks": len(processes(is_rank, children=False)),
             "cpu": seconds(processes(is_rank)),
-            "gpu": self.utilization(),
+            "gpu": self.gpu if time.monotonic() - self.told < 3 * GPU_S else None,
             "down": [netdev for netdev in self.netdevs if not self.is_up(netdev)],
         }
 
@@ -72,17 +77,19 @@ class Gauge:
         except OSError:
             return False
 
+    def follow_gpu(self):
+        # In a thread of its own: a driver that hangs must not keep anybody from looking at the memory.
+        while True:
+            self.gpu, self.told = self.utilization(), time.monotonic()
+            time.sleep(GPU_S)
+
     def utilization(self):
-        """The GPU's in percent, at most GPU_S old; None if nvidia-smi does not tell."""
-        if time.monotonic() - self.asked >= GPU_S:
-            self.asked = time.monotonic()
-            words = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-            try:
-                told = subprocess.run(words, capture_output=True, text=True, timeout=2).stdout.split()
-                self.gpu = int(told[0])
-            except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-                self.gpu = None
-        return self.gpu
+        """The GPU's in percent; None if nvidia-smi does not tell."""
+        words = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        try:
+            return int(subprocess.run(words, capture_output=True, text=True, timeout=GPU_S).stdout.split()[0])
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            return None
 
 
 def gauges():

@@ -10,7 +10,10 @@ from settings.forms import Form
 SECRETS = ("HF_TOKEN", "VLLM_API_KEY")
 # What says where one node is, or what only that node has: `up` does not hand it on to the others.
 NODE_OWN = ("VLLM_HOST_IP", "NCCL_IB_GID_INDEX", "SYSFS", "CACHE_DIR", "HF_CACHE", "RAY_AUTH_TOKEN_PATH",
-            "WORKER_HOSTS", "REPO_DIR", "REHEARSAL_DIR")  # fmt: skip
+            "WORKER_HOSTS", "REPO_DIR", "REHEARSAL_DIR", "WATCH_INTERVAL_S", "WATCH_FAILURES", "WATCH_HOOK",
+            "WATCH_COOLDOWN_S", "WATCH_MAX")  # fmt: skip
+# What may hold a secret of the operator's own making: its value is never said.
+UNSAID = (*SECRETS, "SERVE_EXTRA", "WATCH_HOOK")
 DEFAULT_BASE_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3"
 
 # What no profile has to say. None: unset means something of its own, which .env.example tells.

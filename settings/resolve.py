@@ -13,7 +13,7 @@ from command.template import printable
 from settings import envfile, forward, models
 from settings.forms import ANY, Form
 from settings.models import Model
-from settings.names import CORE, FLAGS, NODE_OWN, SECRETS, form, nearest
+from settings.names import CORE, FLAGS, NODE_OWN, SECRETS, UNSAID, form, nearest
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Settings(Mapping[str, str]):
         """A line for each setting that came from neither profile nor default, with its origin; no secret's value."""
         own = [(name, setting) for name, setting in sorted(self._found.items()) if setting.own]
         said = {
-            name: "set" if name in SECRETS and at.value else f"= {at.value or at.text or '(empty)'}" for name, at in own
+            name: "set" if name in (*SECRETS, "WATCH_HOOK") and at.value else f"= {at.value or at.text or '(empty)'}"
+            for name, at in own
         }
         return [f"{name} {said[name]} ({setting.origin})" for name, setting in own]
 
@@ -145,7 +146,7 @@ def _read(name: str, source: Source, form: Form) -> Setting:
     try:
         return Setting(printable(form.read(printable(text))), text, source.origin, source.own)
     except ValueError:
-        hidden = name in (*SECRETS, "SERVE_EXTRA")
+        hidden = name in UNSAID
         got = "not shown here, it may hold a secret" if hidden else repr(text)
         raise Exit(f"{name} ({source.origin}) is {got}; it takes {form.takes}.") from None
 

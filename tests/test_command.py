@@ -157,10 +157,13 @@ def test_a_question_that_takes_too_long_is_a_sentence():
         run.output(Command((("sleep", "9"),)), seconds=0.01)
 
 
-def test_a_ctrl_c_waits_for_a_command_that_must_not_be_cut(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, *run.ENDINGS], ids=lambda number: number.name)
+def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
     """run_whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
 
     def body() -> None:
+        for one in run.ENDINGS:
+            signal.signal(one, signal.default_int_handler)
         try:
             run.run_whole(_sh(f"echo started; read -r _ <{tmp_path}/line; echo done"))
         except KeyboardInterrupt:
@@ -171,10 +174,49 @@ def test_a_ctrl_c_waits_for_a_command_that_must_not_be_cut(tmp_path):
     with _child(body) as child:
         while child.err.readline() != "started\n":
             pass
-        os.killpg(child.pid, signal.SIGINT)
+        os.killpg(child.pid, number)
         os.write(line, b"\n")
         os.close(line)
         assert (child.err.read(), child.out.read(), child.status()) == ("done\n", "interrupted\n", 0)
+
+
+@pytest.fixture
+def heard():
+    """The signals that were heard, in order; who hears them afterwards is who heard them before."""
+    numbers, got = (signal.SIGINT, *run.ENDINGS), []
+    before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
+    yield got
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_held_signals_count_once_at_the_end(heard):
+    """The first of them, to whoever hears it then, when all is done that must not be cut in two, or has failed."""
+
+    def cut():
+        with run.held():
+            with run.held():
+                os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == []
+            raise Exit("it failed")
+
+    handlers = [signal.getsignal(number) for number in run.ENDINGS]
+    with pytest.raises(Exit, match="it failed"):
+        cut()
+    assert heard == [signal.SIGHUP] and handlers == [signal.getsignal(number) for number in run.ENDINGS]
+
+
+def test_who_ignores_a_signal_goes_on_to(heard):
+    """`nohup` has us ignore a hang-up: it is neither held nor counted, and nobody who is started hears it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with run.held():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+    with run.following(_sh("kill -HUP $$; echo done")) as log:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert log.stdout.read() == "done\n"
+    assert heard == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)

@@ -63,6 +63,12 @@ def test_the_plan_is_what_the_three_tasks_run(name, inv, addresses):
     assert inv(f"plan --model {name}").out == "\n".join([head, worker, inv(f"--dry launch --model {name}").out])
 
 
+@pytest.mark.parametrize("flags", ["", " --detach", " --max-len 256K --detach"])
+def test_a_models_own_launch_is_the_same(flags, inv):
+    """`launch-NAME` takes what `launch --model NAME` takes, and runs the same lines."""
+    assert inv(f"--dry launch-qwen-30b{flags}").out == inv(f"--dry launch --model qwen-30b{flags}").out
+
+
 def test_a_laptop_without_links_plans_with_the_documented_ones(inv, tmp_path):
     """Without a RoCE device `inv plan` takes the links that .env.example names, and says so."""
     said = inv("plan --model nemotron", SYSFS=str(tmp_path / "nothing"))

@@ -54,10 +54,9 @@ LINES = [
 
 
 def test_each_line_shows_the_phase():
-    """What is shown after each line of a whole load, a bar's percent with it; and no phase is passed over."""
+    """What is shown after each line of a whole load, a bar's percent with it."""
     so_far = Load()
     assert [(line, so_far.read(line), str(so_far))[::2] for line, _ in LINES] == LINES
-    assert [*so_far.passed, so_far.phase] == [name for name, _ in PHASES]
 
 
 def test_a_new_phase_is_told_once():
@@ -69,11 +68,12 @@ def test_a_new_phase_is_told_once():
 
 def test_phases_that_a_load_does_not_have_are_passed_over():
     """--enforce-eager compiles and captures nothing; a line that says so is no compilation."""
-    so_far = Load()
+    so_far, seen = Load(), set()
     for line, _ in LINES:
         if "torch.compile takes" not in line and not line.startswith("Capturing") and "backends.py" not in line:
             so_far.read(line)
-    assert so_far.phase == "API" and {"compilation", "graph capture"}.isdisjoint(so_far.passed)
+            seen.add(so_far.phase)
+    assert seen == {name for name, _ in PHASES} - {"compilation", "graph capture"}
 
 
 def test_phases_only_go_forward():
@@ -123,6 +123,49 @@ def test_lines_of_the_log_go_to_standard_output(clock, capsys, monkeypatch):
 
 def _gone(*_):
     raise BrokenPipeError(32, "Broken pipe")
+
+
+class Lost:
+    """A terminal's end in rich: what it is asked to show is noted, and once it is `lost` fails."""
+
+    def __init__(self):
+        self.shown, self.lost, self.console = [], False, self
+
+    def print(self, text, **_):
+        """A line above, or the line that changes."""
+        if self.lost:
+            raise OSError(5, "Input/output error")
+        self.shown.append(str(text))
+
+    update = print
+
+    def stop(self):
+        """The cursor comes back."""
+        self.print("stopped")
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["a terminal", "standard output to a file"])
+def test_lines_of_the_log_go_above_the_line_that_changes(both, capsys, monkeypatch):
+    """Only where standard output is that terminal, too; a file or a pipe gets them whole, wherever the progress is."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: both, raising=False)
+    shown = Progress("tiny")
+    shown._status = Lost()
+    shown.line("[bold]100%[/]")
+    assert (shown._status.shown, capsys.readouterr().out) == (
+        (["[bold]100%[/]"], "") if both else ([], "[bold]100%[/]\n")
+    )
+
+
+def test_a_terminal_that_is_lost_fails_nobody(clock, monkeypatch):
+    """What waits, and what ends it, goes on: the load is not the terminal's."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with Progress("tiny") as shown:
+        shown._status = Lost()
+        shown.show("weights")
+        shown._status.lost = True
+        shown.show("profiling")
+        shown.line("a line")
+    assert shown._status.shown == ["tiny: weights, 0 s"]
 
 
 @pytest.fixture
@@ -177,8 +220,20 @@ def test_a_folder_that_cannot_be_written_is_said(settings, folder, capsys):
 
 
 @pytest.fixture
-def loading(settings, folder, clock, monkeypatch, capsys):
-    """Follows a made-up load: lines come at once, the API is up after so many looks; what was said."""
+def serving(monkeypatch):
+    """Whether the server runs, by its container: `serving.now`, to be changed by a test."""
+    found = SimpleNamespace(now=True)
+    monkeypatch.setattr(load.guards, "running_node", lambda _: None)
+    monkeypatch.setattr(load.guards, "is_serving", lambda _: found.now)
+    return found
+
+
+@pytest.fixture
+def loading(settings, folder, clock, serving, monkeypatch, capsys):
+    """Follows a made-up load: lines come at once, the API is up after so many looks; what was said.
+
+    over: who shows the log has ended.
+    """
     monkeypatch.setattr(load, "PAUSE_S", 0)
 
     def follow(lines=(), looks=3, over=False, stay=False, shown=True):
@@ -208,8 +263,9 @@ def test_a_load_is_shown_as_it_goes(loading):
     assert loading([LINES[6][0]], shown=False).out == ""
 
 
-def test_a_server_that_ends_is_no_wait(loading):
+def test_a_server_that_ends_is_no_wait(loading, serving):
     """Its last lines are what is said, and where the rest is."""
+    serving.now = False
     lines = [f"line {number}" for number in range(30)]
     with pytest.raises(Exit, match="The server has ended") as ended:
         loading(lines, looks=9, over=True)
@@ -217,12 +273,19 @@ def test_a_server_that_ends_is_no_wait(loading):
     assert "  line 29\nAll of it: inv logs" in ended.value.message
 
 
+def test_who_shows_the_log_may_end_before_the_server(loading):
+    """A `docker exec` that is gone is no server that has ended: its load is waited for."""
+    out, err = loading([LINES[5][0]], looks=9, over=True)
+    assert out == f"{LINES[5][0]}\n" and "ended" not in err
+
+
 def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
     """With its phase and where to look: `up` fails, `launch` says it once and leaves it to the person."""
     wrote(folder, quiet=700)
-    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* To end it: inv stop$"):
+    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs;$"):
         loading([LINES[5][0]], looks=9)
-    assert loading([LINES[5][0]], looks=9, stay=True).err.count("STUCK in weights") == 1
+    said = loading([LINES[5][0]], looks=9, stay=True).err
+    assert said.count("STUCK in weights") == 1 and said.count(" To end it: inv stop\n") == 1
 
 
 @pytest.mark.parametrize(("quiet", "age"), [(599, 1), (9999, FRESH_S + 2), (None, 0)], ids=["slow", "stale", "nothing"])
@@ -239,13 +302,14 @@ def test_the_server_before_is_not_this_one():
 
 
 @pytest.fixture
-def first_request(settings, monkeypatch, capsys):
+def first_request(settings, serving, monkeypatch, capsys):
     """Sends the first request to a made-up server, which answers once its log was looked at; what was asked, said."""
     asked, looked = [], threading.Event()
 
     def send(answer, over=False):
         monkeypatch.setattr(load.api, "generate", lambda *words: (asked.append(words), looked.wait(5), answer)[-1])
-        log = SimpleNamespace(new=lambda: looked.set() or [], over=over, last=["killed"])
+        lines = SimpleNamespace(qsize=lambda: 0)
+        log = SimpleNamespace(new=lambda: looked.set() or [], over=over, last=["killed"], lines=lines)
         with Progress("nemotron") as progress:
             load._warm_up(settings, log, progress, shown=True)
         return asked[0], capsys.readouterr().err
@@ -265,7 +329,13 @@ def test_a_first_request_that_is_refused_fails(first_request):
         first_request(Answer(500, "no kernel image", 0.1))
 
 
-def test_a_server_that_ends_at_the_first_request_fails(first_request):
+def test_a_first_request_outlives_who_shows_the_log(first_request):
+    """The server is asked for, and not its reader."""
+    assert "first request" in first_request(Answer(200, "{}", 49.0), over=True)[1]
+
+
+def test_a_server_that_ends_at_the_first_request_fails(first_request, serving):
     """With the last lines of its log."""
+    serving.now = False
     with pytest.raises(Exit, match=r"The server has ended.*\n  killed\n"):
         first_request(Answer(200, "{}", 0.1), over=True)

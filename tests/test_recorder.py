@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -93,9 +94,12 @@ def clock():
 
 @pytest.fixture
 def recorder(real, clock, monkeypatch):
-    """The file, in that time."""
+    """The file, in that time; what it starts a thread for happens only where a test calls it."""
     for module in vars(real).values():
         monkeypatch.setattr(module, "time", clock)
+    idle = SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(real.gauge, "threading", idle)
+    monkeypatch.setattr(real.quiet, "threading", idle)
     return real
 
 
@@ -159,6 +163,7 @@ class Proc:
 
     def __init__(self):
         self.lines, self.gone, self.files = {}, ["99"], {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 2048 kB\n"}
+        self.halves = {}
 
     def add(self, pid, name, spent, parent=1, group=1, collected=0):
         """A process that has spent so many seconds, and children that ended so many; a quarter in the kernel."""
@@ -167,8 +172,10 @@ class Proc:
         fields = ["S", parent, group, group, *[0] * 7, *times, *[0] * 35]
         self.lines[f"/proc/{pid}/stat"] = f"{pid} ({name}) {' '.join(map(str, fields))}\n"
 
-    def glob(self, _):
+    def glob(self, pattern):
         """What is there."""
+        if pattern.startswith("/sys"):
+            return self.halves.get(pattern, [])
         return [*self.lines, *(f"/proc/{pid}/stat" for pid in self.gone)]
 
     def read(self, path):
@@ -215,11 +222,24 @@ def test_links_that_are_not_up_are_told(proc, recorder, monkeypatch):
     assert recorder.gauge.Gauge().look()["down"] == ["three", "two"]
 
 
+def test_the_other_half_of_a_port_is_told(proc, recorder, monkeypatch):
+    """A RoCE device carries data whether or not its netdev has an address: its link counts, each once."""
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "one")
+    monkeypatch.delenv("TP_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx0,mlx1,,mlx2")
+    proc.halves = {f"{recorder.gauge.ROCE}/mlx{n}/device/net/*": [f"/x/{name}"] for n, name in ((0, "one"), (1, "two"))}
+    proc.files["/sys/class/net/one/operstate"] = "up\n"
+    gauge = recorder.gauge.Gauge()
+    assert (gauge.netdevs, gauge.look()["down"]) == (["one", "two"], ["two"])
+
+
 def test_a_look_at_this_machine(real, monkeypatch):
     """Every figure has its type here, too: the real /proc, whatever GPU and ranks there are."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuchlink0")
-    monkeypatch.delenv("TP_SOCKET_IFNAME", raising=False)
+    for name in ("TP_SOCKET_IFNAME", "NCCL_IB_HCA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(real.gauge, "GPU_S", 1e6)  # its thread looks once
     gauge = real.gauge.Gauge()
     told = json.loads(json.dumps(gauge.look()))
     assert told | {"available": 1, "ranks": 0, "cpu": 0} == {
@@ -254,14 +274,45 @@ def smi(recorder, monkeypatch):
         *((FileNotFoundError(2, "No such file"), None), (subprocess.TimeoutExpired("nvidia-smi", 3), None)),
     ],
 )
-def test_the_gpu_is_asked_now_and_then(plays, percent, smi, recorder, clock):
-    """Each 5 s, since asking costs; what it does not tell is unknown, and not idle."""
-    gauge, smi.plays = recorder.gauge.Gauge(), plays
-    told = []
-    for _ in range(11):
-        told.append(gauge.utilization())
-        clock.sleep(1)
-    assert told == [percent] * 11 and len(smi.calls) == 3
+def test_what_the_gpu_does_not_tell_is_unknown(plays, percent, smi, recorder):
+    """And not idle; whatever nvidia-smi does, it is given up after a time."""
+    smi.plays = plays
+    assert recorder.gauge.Gauge().utilization() == percent
+    assert smi.calls[0]["timeout"] == recorder.gauge.GPU_S == 5
+
+
+def test_the_gpu_is_asked_beside_the_looks(proc, smi, recorder, clock, monkeypatch):
+    """Each 5 s, since asking costs, and by nobody who looks at the memory: a driver may hang for ever."""
+    gauge, smi.plays, looks = recorder.gauge.Gauge(), "7\n", [recorder.gauge.Gauge().look()["gpu"]]
+
+    def sleep(seconds):
+        looks.append(gauge.look()["gpu"])
+        clock.at += seconds
+        if clock.at > 1010:
+            raise StopIteration
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    with pytest.raises(StopIteration):
+        gauge.follow_gpu()
+    assert looks == [None, 7, 7, 7] and len(smi.calls) == 3
+
+
+def ended(*_):
+    """Ends a loop that has no end."""
+    raise StopIteration
+
+
+def test_a_gpu_that_was_told_long_ago_is_unknown(proc, smi, recorder, clock, monkeypatch):
+    """Its last figure does not stand for a driver that hangs since."""
+    gauge, smi.plays = recorder.gauge.Gauge(), "7\n"
+    monkeypatch.setattr(clock, "sleep", ended)
+    with pytest.raises(StopIteration):
+        gauge.follow_gpu()
+    looks = []
+    for _ in range(17):
+        looks.append(gauge.look()["gpu"])
+        clock.at += 1
+    assert looks == [7] * 15 + [None] * 2
 
 
 def test_a_gauge_is_on_each_node_that_lives(recorder, monkeypatch):
@@ -307,7 +358,6 @@ def followed(recorder, clock, monkeypatch):
         opener = SimpleNamespace(ProxyHandler=dict, build_opener=lambda _: SimpleNamespace(open=opened))
         monkeypatch.setattr(recorder.quiet, "urllib", SimpleNamespace(request=opener, error=urllib.error))
         monkeypatch.setattr(clock, "sleep", sleep)
-        monkeypatch.setattr(recorder.quiet.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
         counters = recorder.quiet.Counters("http://head")
         assert counters.seconds() == {"counters": 0, "waiting": 0}
         with pytest.raises(StopIteration):
@@ -533,11 +583,14 @@ def test_no_node_that_answers_ends_nothing(guarded):
     assert (found.ended, found.looks) == ([], 3) and vars(found)["memory-low"][BOTH[1]] == 5 * GIB
 
 
-def test_a_slow_nvidia_smi_is_no_lost_node(guarded, smi, recorder):
-    """A look has time left when nvidia-smi has used up its own: else a node without a look counts as a lost rank."""
-    waits = guarded(two()).waits
-    recorder.gauge.Gauge().utilization()
-    assert smi.calls[0]["timeout"] < waits[-1]
+def test_a_driver_that_hangs_is_no_lost_node(proc, recorder, monkeypatch):
+    """A look has its answer while nvidia-smi has none, or a node without a look would not be guarded."""
+    hangs = threading.Event()
+    driver = SimpleNamespace(run=lambda *_, **__: hangs.set() or threading.Event().wait())
+    monkeypatch.setattr(recorder.gauge, "threading", threading)
+    monkeypatch.setattr(recorder.gauge, "subprocess", driver)
+    gauge = recorder.gauge.Gauge()
+    assert hangs.wait(5) and gauge.look()["gpu"] is None
 
 
 def full(*_, **__):

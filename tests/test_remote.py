@@ -1,10 +1,13 @@
 """A worker's task from the head's terminal: what ssh is given, what goes along, what is said when it fails."""
 
+import errno
 import os
 import shlex
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from invoke import Exit
@@ -13,13 +16,13 @@ import tasks
 from command import run
 from command.command import Command
 from command.template import words
-from fleet import down, remote
+from fleet import remote
 from settings import models, resolve, version
 from settings.names import NODE_OWN
 from settings.resolve import Settings
 
 KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker"}
-SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5"]
+SSH = ["ssh", "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5"]
 # Each in a setting of its own; MINE is forwarded.
 HOSTILE = {
     "SERVED_NAME": " two  words ",
@@ -43,6 +46,11 @@ OWN = {
     "WORKER_HOSTS": "spark-2",
     "REPO_DIR": "mine",
     "REHEARSAL_DIR": "/mine",
+    "WATCH_INTERVAL_S": "7",
+    "WATCH_FAILURES": "7",
+    "WATCH_HOOK": "mine",
+    "WATCH_COOLDOWN_S": "7",
+    "WATCH_MAX": "7",
 }
 
 
@@ -158,6 +166,13 @@ def test_the_workers_are_hosts_or_else_addresses(settled):
     assert remote.hosts(settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2")) == ["a", "b", "c", "d"]
 
 
+def test_a_worker_that_is_named_twice_is_one(settled):
+    """Two lines to one host would be one node too few, and two who take it down."""
+    assert remote.hosts(settled(WORKER_HOSTS="b,a,b")) == ["b", "a"]
+    with pytest.raises(Exit, match=r"needs 2 workers .* names 1: a"):
+        remote.needed(settled(WORKER_HOSTS="a,a", TP_SIZE="3"))
+
+
 @pytest.mark.parametrize(
     ("shell", "said"),
     [
@@ -192,47 +207,18 @@ def test_a_host_that_ssh_would_misread_is_refused(hosts, inv):
 def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled, monkeypatch):
     """And, where the status tells more, what to do; the status stays what it was."""
 
-    def told(command, who, started):
+    def told(command, who, seconds):
+        assert seconds == 7
         raise Exit(last, code=status)
 
     monkeypatch.setattr(run, "told", told)
     with pytest.raises(Exit) as failed:
-        remote.run_there(remote.down(settled(), "spark-2"))
+        remote.run_there(remote.down(settled(), "spark-2"), 7)
     lines = failed.value.message.splitlines()
     task = "inv down --here --head-ip 10.0.0.1"
     assert lines[0] == f"spark-2: `{task}` failed with status {status}. Its last lines:"
     assert lines[1] == f"  {last or '(it said nothing)'}" and failed.value.code == status
     assert len(lines) == 2 + bool(hint) and (hint is None or hint in lines[2])
-
-
-def test_a_worker_that_stays_up_is_said_at_the_end(settled, monkeypatch):
-    """`down` asks every worker, and fails with those that it could not take down, when all the others are."""
-    asked = []
-
-    def told(command, who, started):
-        asked.append(who)
-        if who == "spark-2":
-            raise Exit("No route to host", code=255)
-        return ""
-
-    monkeypatch.setattr(run, "told", told)
-    monkeypatch.setattr(down.engine, "node", lambda: None)
-    with pytest.raises(Exit, match=r"spark-2: (.|\n)*These nodes may still be up; the others are down") as failed:
-        down.down(settled(WORKER_HOSTS="spark-2,spark-3"))
-    assert sorted(asked) == ["spark-2", "spark-3"] and "spark-3" not in failed.value.message
-
-
-def test_a_node_of_another_head_is_left_alone(monkeypatch, capsys):
-    """`down --here --head-ip` removes what belongs to that head, and says what it did."""
-    ran = []
-    monkeypatch.setattr(run, "run_whole", ran.append)
-    monkeypatch.setattr(down.engine, "node", lambda: SimpleNamespace(status="running"))
-    monkeypatch.setattr(down.engine, "environment", lambda _: {"MASTER_ADDR": "10.0.0.1"})
-    monkeypatch.setattr(down.engine, "age", lambda _: "3 h")
-    assert not down.here("10.0.0.9") and ran == []
-    assert "another head, 10.0.0.1: it was left alone" in capsys.readouterr().err
-    assert down.here("10.0.0.1") and len(ran) == 1
-    assert "node-ray was removed (running, 3 h old)." in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -307,10 +293,8 @@ def test_another_version_is_refused(checkout):
 def test_what_a_command_says_is_shown_with_its_node(capfd):
     """Line by line as it comes; its standard output is what it hands back."""
     script = "echo one >&2; echo '  two ' >&2; echo id"
-    started = []
-    assert run.told(Command((("sh", "-c", script),)), "spark-2", started.append) == "id"
+    assert run.told(Command((("sh", "-c", script),)), "spark-2", 5) == "id"
     assert capfd.readouterr() == ("", "spark-2 | one\nspark-2 |   two\n")
-    assert started[0].returncode == 0
 
 
 @pytest.mark.parametrize(("end", "status"), [("exit 7", 7), ("kill -TERM $$", 143)])
@@ -318,8 +302,25 @@ def test_a_command_that_fails_ends_with_its_last_lines(end, status, capfd):
     """A dozen, and its status; the shell's, if a signal ended it."""
     script = f"for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do echo $i >&2; done; {end}"
     with pytest.raises(Exit) as failed:
-        run.told(Command((("sh", "-c", script),)), "spark-2", lambda _: None)
+        run.told(Command((("sh", "-c", script),)), "spark-2", 5)
     assert failed.value.message.split() == [str(number) for number in range(3, 15)] and failed.value.code == status
+
+
+@pytest.mark.parametrize("script", ["echo last >&2; exec sleep 60", "echo last >&2; exec 2>&-; exec sleep 60"])
+def test_a_command_that_takes_too_long_is_given_up(script, capfd):
+    """Whatever of it is closed already; that is what is said last, and nothing waits for it on."""
+    with pytest.raises(Exit, match=r"(^|\n)It took longer than 0 s and was given up\.$") as failed:
+        run.told(Command((("sh", "-c", script),)), "spark-2", 0.03)
+    assert failed.value.code == 128 + signal.SIGKILL
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+def test_who_helped_a_command_that_is_given_up_goes_too(capfd):
+    """A jump host's ssh has the same standard error: as long as it lives, there is no end of it."""
+    begun = time.monotonic()
+    with pytest.raises(Exit, match="was given up"):
+        run.told(Command((("sh", "-c", "sleep 5 & exec sleep 60"),)), "spark-2", 0.03)
+    assert time.monotonic() - begun < 3
 
 
 GREETS = ("sh", "-c", 'read -r _ _ _ _ _ session _ </proc/$$/stat; [ "$session" = $$ ] && echo "$GREETING"; cat')
@@ -341,10 +342,19 @@ def test_a_detached_command_goes_on_in_its_log(detached, monkeypatch):
     assert detached.log.with_name("a log.1").read_text() == line * 2
 
 
+def full(*_, **__):
+    """What a disk without room says."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_log_that_cannot_be_written_is_said(detached):
-    """With a command that tells whether the disk is full, and nothing is started."""
+    """With a command that shows why, and nothing is started."""
+    with pytest.MonkeyPatch.context() as now:
+        now.setattr(Path, "open", full)
+        with pytest.raises(Exit, match=r"a log cannot be written: No space left on device\. Type: df -h /"):
+            run.detach(detached)
     detached.log.mkdir()
-    with pytest.raises(Exit, match=r"a log cannot be written: Is a directory\. Type: df -h /"):
+    with pytest.raises(Exit, match=r"a log cannot be written: Is a directory\. Type: ls -ld /"):
         run.detach(detached)
     with pytest.raises(Exit, match="nowhere/log cannot be written: No such file or directory"):
         run.detach(Command((GREETS,), log=detached.log / "nowhere/log"))

@@ -94,6 +94,8 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
     env_file.write_text(f"HF_TOKEN={HF}\nVLLM_API_KEY={KEY}\n")
     operator.setattr("vitals.load.PAUSE_S", 0.005)
     operator.setattr("cluster.guards.before_launch", lambda settings: None)
+    operator.setattr("cluster.guards.running_node", lambda what_next: None)
+    operator.setattr("cluster.guards.is_serving", lambda head: False)
     operator.setattr("checks.inspection.inspect", lambda settings, head: inspection.foresee(settings))
     said = inv("launch --model nemotron", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "marker7" not in said.out + said.err
@@ -105,10 +107,20 @@ def test_a_paste_at_a_prompt_stops_at_a_missing_secret(inv, tmp_path):
     """An interactive bash goes on to the next line after `${NAME:?}`: so the command is on the same one."""
     (tmp_path / "docker").write_text('#!/bin/sh\ntouch "$RAN"\n')
     (tmp_path / "docker").chmod(0o755)
-    text = inv("--dry launch --model qwen-30b").out.split("\n\n")[0]
+    (text,) = (text for text in inv("--dry launch --model qwen-30b").out.split("\n\n") if "vllm serve" in text)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAN": str(tmp_path / "ran")}
     for keys, ran in (({}, False), ({"VLLM_API_KEY": KEY}, True)):
         subprocess.run(
             ["bash", "--norc", "-i"], input=text + "\n", env=env | keys, text=True, capture_output=True, check=False
         )
         assert (tmp_path / "ran").exists() == ran
+
+
+def test_a_hook_is_not_said(inv, env_file):
+    """WATCH_HOOK may hold a key of the operator's own, on whichever machine `.env` is: that it is set is said alone."""
+    said = inv("--dry down --here", WATCH_HOOK="hook --key marker7")
+    assert "WATCH_HOOK set (shell)" in said.err and "marker7" not in said.out + said.err
+    env_file.write_text("WATCH_HOOK=\n")
+    assert "WATCH_HOOK = (empty) (.env)" in inv("--dry down --here").err
+    said = inv("--dry down --here", WATCH_HOOK="'marker7")
+    assert said.code and "WATCH_HOOK (shell)" in said.err and "marker7" not in said.err

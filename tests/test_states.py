@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
+from invoke import Exit
 
+from checks.nodes import Node
 from vitals import api, health, recorded, unanswered
-from vitals.api import Answer
+from vitals.api import Answer, Metrics
 from vitals.recorded import FRESH_S, Recorded
 from vitals.served import Served
-from vitals.states import AGAIN, GIB, LOAD, WORK, Limits, Seen, State, judge
+from vitals.states import AGAIN, GIB, LOAD, RECORDER, WORK, Limits, Seen, State, judge
 
 NOW = 1_700_000_000.0
 HANG, STALL, WARN = 300, 600, 6
@@ -32,13 +34,13 @@ def facts(**other):
     return {"available": 20 * GIB, "ranks": 1, "cpu": 7.0, "gpu": 0, "down": []} | other
 
 
-def saw(quiet=0.0, age=1.0, worker=None, **still):
+def saw(quiet=0.0, age=1.0, worker=None, unseen=False, **still):
     """The recorder's last look at two nodes: `quiet` seconds after anything moved, but for what `still` says.
 
-    As long, somebody has waited.
+    As long, somebody has waited. unseen: the worker did not answer in time.
     """
     still = dict.fromkeys((*WORK, *LOAD, "waiting"), quiet) | still
-    return Recorded(age, {HEAD: facts(), WORKER: facts() if worker is None else worker}, still)
+    return Recorded(age, {HEAD: facts(), WORKER: None if unseen else worker or facts()}, still)
 
 
 def seen(answer=WELL, record=None, alive=True, nodes=(HEAD, WORKER), **other):
@@ -47,11 +49,22 @@ def seen(answer=WELL, record=None, alive=True, nodes=(HEAD, WORKER), **other):
 
 
 STALE = saw(quiet=5000, age=FRESH_S + 1)
-LOST = {"without a look": None, "without a rank": facts(ranks=0)}
+# What the recorder says of the worker, and whom Ray has: each tells that a rank is gone.
+LOST = {
+    "without a look": (None, [HEAD]),
+    "without a rank": (facts(ranks=0), [HEAD, WORKER]),
+    "without a rank, Ray not asked": (facts(ranks=0), None),
+}
+CUT = facts(down=["enp1s0f0np0", "enp1s0f1np1"])
 TABLE = {
     "nothing launched": (Seen(), State.NOT_RUNNING, "No server was launched."),
     "ended, every node there": (seen(None, alive=False), State.NOT_RUNNING, "ended by itself"),
     "ended, a node gone": (seen(None, alive=False, nodes=[HEAD]), State.RANK_LOST, "Ray has 1 of 2 nodes (10.0.0.1)"),
+    "ended, Ray not asked": (
+        seen(None, alive=False, nodes=None),
+        State.NOT_RUNNING,
+        "ended by itself; and Ray could not be asked.",
+    ),
     "API not asked": (seen(None), State.UNKNOWN, "not asked"),
     "healthy": (seen(), State.HEALTHY, "One token in 0.21 s."),
     "healthy, idle for a day": (seen(record=saw(quiet=86400)), State.HEALTHY, "One token"),
@@ -64,14 +77,23 @@ TABLE = {
         "(6) is available: 10.0.0.2 5.9 GiB",
     ),
     "just not low": (seen(record=saw(worker=facts(available=6 * GIB))), State.HEALTHY, ""),
-    "their link": (seen(record=saw(worker=facts(down=["enp1s0f0np0"]))), State.LINKS_DEGRADED, "enp1s0f0np0 of 10.0"),
-    "our link": (seen(degraded=["Warning: half a port"]), State.LINKS_DEGRADED, "Warning: half a port"),
+    "a link down": (
+        seen(record=saw(worker=CUT)),
+        State.LINKS_DEGRADED,
+        "It answers, but enp1s0f0np0 of 10.0.0.2 is down, enp1s0f1np1 of 10.0.0.2 is down.",
+    ),
     "answers, recorder stale": (seen(record=STALE), State.UNKNOWN, "wrote 11 s ago"),
     "GPU broken": (seen(broken={"GPU on the host": "none"}), State.UNKNOWN, "GPU on the host: none"),
     "5xx, every node there": (seen(DEAD), State.NOT_RUNNING, "The API answers 500: EngineCore encountered"),
+    "5xx, Ray not asked": (seen(DEAD, STALE, nodes=None), State.NOT_RUNNING, "The API answers 500: EngineCore"),
     "5xx, a node gone": (seen(DEAD, STALE, nodes=[HEAD]), State.RANK_LOST, "answers 500: Ray has 1 of 2 nodes"),
     "counters moving": (seen(SILENT, saw(quiet=9999), moving=True), State.BUSY, "its counters move"),
     "counters moving, stale": (seen(SILENT, STALE, moving=True), State.BUSY, "its counters move"),
+    "silent, a queue": (
+        seen(SILENT, saw(quiet=9999), moving=True, metrics=Metrics(2, 5, frozenset())),
+        State.BUSY,
+        "No token within 3 s (2 requests run, 5 wait), but",
+    ),
     "silent, just moved": (seen(SILENT, saw(quiet=HANG - 1)), State.BUSY, "299 s ago"),
     "silent, quiet": (seen(SILENT, saw(quiet=HANG)), State.HUNG, "for 300 s (HANG_S: 300)"),
     "silent, idle until now": (seen(SILENT, saw(quiet=86400, waiting=0)), State.BUSY, "nobody waited, was 0 s ago"),
@@ -85,10 +107,19 @@ TABLE = {
     "silent, waited, stale": (seen(SILENT, STALE, waited=9999), State.UNKNOWN, "whether anything moves is unknown"),
     "healthy, others waited": (seen(WELL, saw(quiet=9999), waited=9999), State.HEALTHY, "One token"),
     "silent, a link down": (
-        seen(SILENT, saw(quiet=9999, worker=facts(down=["enp1s0f0np0"])), moving=True),
+        seen(SILENT, saw(quiet=HANG - 1, worker=CUT)),
         State.LINKS_DEGRADED,
-        "No token within 3 s, and enp1s0f0np0 of 10.0.0.2 is down",
+        "No token within 3 s, and enp1s0f0np0 of 10.0.0.2 is down, enp1s0f1np1",
     ),
+    "silent, a link down, moving": (seen(SILENT, saw(quiet=9999, worker=CUT), moving=True), State.LINKS_DEGRADED, ""),
+    "silent, a link down, quiet": (
+        seen(SILENT, saw(quiet=HANG, worker=CUT)),
+        State.HUNG,
+        "enp1s0f1np1 of 10.0.0.2 is down; for 300 s (HANG_S: 300) no counter",
+    ),
+    "silent, no look, Ray has it": (seen(SILENT, saw(unseen=True)), State.BUSY, "0 s ago"),
+    "silent, no look, Ray not asked": (seen(SILENT, saw(unseen=True), nodes=None), State.BUSY, "0 s ago"),
+    "silent, no look, quiet": (seen(SILENT, saw(quiet=HANG, unseen=True), nodes=None), State.HUNG, "for 300 s"),
     "silent, stale": (seen(SILENT, STALE), State.UNKNOWN, "whether anything moves is unknown"),
     "refused": (seen(REFUSED, saw(quiet=STALL - 1)), State.LOADING, "does not listen yet"),
     "refused, no rank yet": (seen(REFUSED, saw(worker=facts(ranks=0)), nodes=[]), State.LOADING, ""),
@@ -111,27 +142,42 @@ def test_each_state_by_what_was_seen(row):
     assert bool(said.next) == (state is not State.HEALTHY and found != seen(None))
 
 
-@pytest.mark.parametrize("worker", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
 @pytest.mark.parametrize("answer", [SILENT, DEAD, Answer(401, "", 0.1)], ids=["silent", "500", "401"])
-def test_a_rank_that_is_gone_is_the_first_trouble(worker, answer):
+def test_a_rank_that_is_gone_is_the_first_trouble(lost, answer):
     """Whatever the API says meanwhile: both nodes have to come up again, and the one without a rank is named."""
+    worker, nodes = lost
     record = Recorded(1, {HEAD: facts(available=0), WORKER: worker}, saw(quiet=9999).still)
-    said = verdict(seen(answer, record, moving=True))
+    said = verdict(seen(answer, record, nodes=nodes, moving=True))
     assert (said.state, said.next) == (State.RANK_LOST, AGAIN) and "none on 10.0.0.2" in said.why
 
 
-@pytest.mark.parametrize("worker", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
 @pytest.mark.parametrize(("answer", "state"), [(WELL, State.HEALTHY), (REFUSED, State.LOADING)], ids=["well", "load"])
-def test_a_token_beats_a_look_that_failed(worker, answer, state):
+def test_a_token_beats_a_look_that_failed(lost, answer, state):
     """It came through every rank, whatever the recorder saw a second before; and a load has no rank at first."""
-    assert verdict(seen(answer, Recorded(1, {HEAD: facts(), WORKER: worker}, saw().still))).state is state
+    worker, nodes = lost
+    assert verdict(seen(answer, Recorded(1, {HEAD: facts(), WORKER: worker}, saw().still), nodes=nodes)).state is state
+
+
+@pytest.mark.parametrize("nodes", [[HEAD, WORKER], None], ids=["Ray has it", "Ray not asked"])
+@pytest.mark.parametrize("answer", [SILENT, DEAD, Answer(401, "", 0.1)], ids=["silent", "500", "401"])
+def test_one_look_that_was_missed_is_no_lost_rank(nodes, answer):
+    """A node that works may be too busy to answer in time: nobody is told to take both down unless Ray lacks it."""
+    assert verdict(seen(answer, saw(unseen=True), nodes=nodes)).state is not State.RANK_LOST
 
 
 def test_a_look_of_long_ago_names_no_lost_rank():
     """Ranks are counted in what the recorder saw just now, or not at all."""
     old = Recorded(FRESH_S + 1, {HEAD: facts(), WORKER: None}, saw().still)
-    assert verdict(seen(SILENT, old)).state is State.UNKNOWN
-    assert verdict(seen(SILENT, replace(old, age=FRESH_S))).state is State.RANK_LOST
+    assert verdict(seen(SILENT, old, nodes=[HEAD])).state is State.UNKNOWN
+    assert verdict(seen(SILENT, replace(old, age=FRESH_S), nodes=[HEAD])).state is State.RANK_LOST
+
+
+@pytest.mark.parametrize("answer", [WELL, SILENT], ids=["well", "silent"])
+def test_without_the_recorder_up_is_what_to_type(answer):
+    """It starts the recorder again, and leaves the server alone."""
+    assert verdict(seen(answer, STALE)).next == RECORDER and RECORDER.startswith("inv up ")
 
 
 @pytest.mark.parametrize("answer", [WELL, SILENT, REFUSED], ids=["well", "silent", "refused"])
@@ -189,7 +235,7 @@ def test_the_first_trouble_is_the_verdict():
         (seen(key, saw(worker=low), **bad), State.KEY_WRONG),
         (seen(WELL, saw(worker=low), **bad), State.MEMORY_LOW),
         (seen(WELL, saw(worker=cut), **bad), State.LINKS_DEGRADED),
-        (seen(WELL, STALE, degraded=["half a port"], **bad), State.LINKS_DEGRADED),
+        (seen(WELL, STALE, **bad), State.UNKNOWN),
         (seen(WELL, **bad), State.UNKNOWN),
         (seen(WELL), State.HEALTHY),
     ]
@@ -392,7 +438,6 @@ def asked(monkeypatch, tmp_path):
     now, looks = [NOW], []
     monkeypatch.setattr(health.served, "ask", lambda _: Served(True, NOW - 9000, WORDS))
     monkeypatch.setattr(health.recorded, "read", lambda _: looks[-1])
-    monkeypatch.setattr(health, "_degraded", lambda _: [])
     monkeypatch.setattr(api, "metrics", lambda _: None)
     monkeypatch.setattr(unanswered.node, "logs", lambda _: tmp_path)
     monkeypatch.setattr(unanswered, "time", SimpleNamespace(time=lambda: now[-1]))
@@ -431,6 +476,54 @@ def test_a_refused_connection_is_no_wait(asked):
     assert asked(SILENT, SILENT, REFUSED, SILENT, SILENT)[-1] is State.BUSY
 
 
+def there(*addresses):
+    """Nodes that answer through Ray."""
+    return [Node(at, "", 1, {"host": {}}) for at in addresses]
+
+
+@pytest.fixture
+def looked(asked, monkeypatch):
+    """What health has seen when recorder and Ray say this, and how often Ray was asked."""
+
+    def look(record, *addresses, error=None, answer=SILENT, told=()):
+        calls, pages = [], list(told)
+
+        def ask(_):
+            calls.append(1)
+            if error:
+                raise error
+            return there(*addresses)
+
+        monkeypatch.setattr(api, "metrics", lambda _: pages.pop(0) if pages else None)
+        monkeypatch.setattr(api, "generate", lambda *_: answer)
+        monkeypatch.setattr(health.recorded, "read", lambda _: record)
+        monkeypatch.setattr(health.nodes, "ask", ask)
+        return health._seen({"HANG_S": str(HANG)}, None), len(calls)
+
+    return look
+
+
+def test_ray_is_asked_only_where_the_recorder_does_not_tell(looked):
+    """It takes seconds: where every node was seen just now, those are the nodes."""
+    assert [looked(saw())[1], looked(STALE)[1], looked(None)[1], looked(saw(unseen=True))[1]] == [0, 1, 1, 1]
+    assert looked(saw())[0].nodes == [HEAD, WORKER] and looked(saw(), answer=DEAD)[1] == 1
+
+
+def test_one_look_that_was_missed_is_asked_of_ray(looked):
+    """Who has no rank is known then; where Ray does not answer it is not, and nobody is told to take nodes down."""
+    assert verdict(looked(saw(unseen=True), HEAD, WORKER)[0]).state is State.BUSY
+    assert verdict(looked(saw(unseen=True), HEAD)[0]).state is State.RANK_LOST
+    lost, _ = looked(saw(unseen=True), error=Exit("Ray does not answer"))
+    assert lost.nodes is None and verdict(lost).state is State.BUSY
+
+
+def test_the_queue_before_a_token_is_told(looked):
+    """By the last page of metrics that came while it was waited for."""
+    pages = [Metrics(1, 4, frozenset()), Metrics(1, 3, frozenset())]
+    assert "(1 requests run, 3 wait)" in verdict(looked(saw(), told=pages)[0]).why
+    assert "(1 requests run, 4 wait)" in verdict(looked(saw(), told=[pages[0], None])[0]).why
+
+
 STILL = {"cpu 10.0.0.1": 9, "cpu 10.0.0.2": 7, "memory 10.0.0.1": 5, "memory 10.0.0.2": 6, "server_cpu": 1}
 VITALS = {"at": NOW - 2, "nodes": {HEAD: facts(ranks=2), WORKER: None}, "quiet": STILL}
 
@@ -456,6 +549,12 @@ def test_what_nobody_looked_at_has_not_been_quiet(vitals):
     (vitals / "vitals.json").write_text(json.dumps(VITALS))
     found = recorded.read({})
     assert (found.quiet("gpu"), found.quiet("waiting"), found.quiet("server"), found.quiet()) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("age", "fresh"), [(-1.5, False), (-1, True), (FRESH_S, True), (FRESH_S + 0.1, False)])
+def test_what_was_written_in_the_future_is_not_fresh(age, fresh):
+    """A clock that was set back: for as long as it takes, nobody knows of when that is."""
+    assert saw(age=age).fresh is fresh
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "null", "[]", '{"at": 1}', '{"at": null, "nodes": {}, "quiet": {}}'])

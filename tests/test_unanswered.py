@@ -1,6 +1,7 @@
 """For how long health has waited in vain, kept from one look to the next."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -89,7 +90,7 @@ def test_what_cannot_be_kept_is_not_held_against_the_server(silent, logs, waited
     file.mkdir()
     assert [waited(later, silent) for later in (0, 100, 100)] == [0, 0, 0]
     file.rmdir()
-    logs.rmdir()
+    shutil.rmtree(logs)
     assert [waited(later, silent) for later in (0, 100, 100)] == [0, 0, 0]
 
 
@@ -102,3 +103,13 @@ def test_a_file_that_cannot_be_written_is_no_wait(logs, waited, monkeypatch):
 
     monkeypatch.setattr(unanswered.Path, "write_text", full)
     assert waited() == 0
+
+
+def test_it_is_written_whole(logs, waited, monkeypatch):
+    """Who looks meanwhile, or a machine that loses its power, finds what was before; nothing else stays."""
+    waited()
+    before = (logs / "unanswered.json").read_text()
+    with monkeypatch.context() as now:
+        now.setattr(unanswered.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert waited(100) == 0 and (logs / "unanswered.json").read_text() == before
+    assert waited() == 100 and [file.name for file in logs.iterdir()] == ["unanswered.json"]

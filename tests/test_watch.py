@@ -11,9 +11,11 @@ import ssl
 import threading
 import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from invoke import Exit
@@ -130,6 +132,46 @@ def test_runs_are_remembered_by_the_next_watch(hook):
     assert claims(replace(hook), [-DAY, -10, 10, 3599]) == []
 
 
+@pytest.fixture
+def slow(monkeypatch):
+    """Another watch, in a thread, takes its time between reading when the hook ran and writing it down.
+
+    `read` is set once it has read; it goes on when `go` is set, or `patience` is over.
+    """
+    made, runs = SimpleNamespace(read=threading.Event(), go=threading.Event(), patience=0.02), Hook._runs
+
+    def slowly(hook):
+        found = runs(hook)
+        if threading.current_thread() is not threading.main_thread():
+            made.read.set()
+            made.go.wait(made.patience)
+        return found
+
+    monkeypatch.setattr(Hook, "_runs", slowly)
+    return made
+
+
+def test_two_watches_at_once_run_the_hook_once(hook, slow):
+    """Whoever comes second finds what the first wrote down."""
+    hook.check()
+    with ThreadPoolExecutor() as pool:
+        told = list(pool.map(lambda at: hook.claim(START + at), range(3)))
+    assert sorted(each[0] if each else "runs" for each in told) == ["cool-down", "cool-down", "runs"]
+    assert len(json.loads(hook.file.read_text())) == 1
+
+
+def test_a_watch_that_starts_forgets_no_run(hook, slow):
+    """It writes the file to see that it can, while another writes down that the hook runs."""
+    hook.check()
+    slow.patience = 0.05
+    with ThreadPoolExecutor() as pool:
+        starts = pool.submit(hook.check)
+        assert slow.read.wait(5) and hook.claim(START) is None
+        slow.go.set()
+        assert starts.result(5) is None
+    assert json.loads(hook.file.read_text()) == [START]
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[true]", "[NaN]", "[1e99]", '["1"]', "[-1]", "\0", "[null]"])
 def test_a_file_that_cannot_be_believed_stops_the_hook(text, hook):
     """Whatever is not a list of times ends the watch at its start, and holds the hook back later."""
@@ -211,12 +253,18 @@ def _runs(process):
         return False
 
 
-def test_a_stop_waits_for_the_hook(tmp_path):
-    """SIGTERM does not leave a node switched off half way: it counts when the hook has ended."""
-    words = ("sh", "-c", f'kill -TERM {os.getpid()}; sleep 0.03; touch "$0"', str(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        run.hook(Command((words,)), 5)
-    assert (tmp_path / "whole").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+@pytest.mark.parametrize("number", [signal.SIGINT, *run.ENDINGS], ids=lambda number: number.name)
+def test_a_stop_waits_for_the_hook(number, tmp_path):
+    """No signal leaves a node switched off half way: it counts when the hook has ended."""
+    words = ("sh", "-c", f'kill -{number:d} {os.getpid()}; sleep 0.01; touch "$0"', str(tmp_path / "whole"))
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.hook(Command((words,)), 5)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert (tmp_path / "whole").exists()
 
 
 def test_a_hook_that_cannot_start_is_an_event(hook):

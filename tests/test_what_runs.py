@@ -15,6 +15,8 @@ from invoke import Exit
 from cluster import image, leftovers, node, plan, server
 from command import run, template
 from command.command import Command
+from fleet import down, up
+from host import links
 from settings import models, resolve
 from settings.resolve import Settings
 from vitals import health, load
@@ -23,6 +25,9 @@ STUB = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; env -0; printf '\\1\\0'; } >>"$CALLS"
 echo said
 """
+# What real ones do with standard input, and one for `&`, beside which others run.
+SSH = STUB + 'case " $* " in *" -n "*) ;; *) cat >/dev/null ;; esac\n'
+SETSID = STUB.replace("$CALLS", "$CALLS.behind")
 KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker"}
 TEXTS = (
     *("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "MODEL_CKPT", "SERVED_NAME", "QUANTIZATION", "KV_CACHE_DTYPE"),
@@ -42,8 +47,9 @@ def stubs(operator, tmp_path) -> Path:
     """A folder of programs that only write down how they were called, first on the PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("docker", "mkdir", "nvidia-smi"):
-        (folder / name).write_text(STUB)
+    programs = dict.fromkeys(("docker", "mkdir", "nvidia-smi"), STUB) | {"ssh": SSH, "setsid": SETSID}
+    for name, text in programs.items():
+        (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     operator.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     operator.setenv("CALLS", str(tmp_path / "calls"))
@@ -51,12 +57,12 @@ def stubs(operator, tmp_path) -> Path:
 
 
 @pytest.fixture
-def calls(stubs, tmp_path) -> Callable[[], list[tuple[list[str], dict[str, str]]]]:
-    """What the stubs were called with since the last time: words and environment of each call."""
+def calls(stubs, tmp_path) -> Callable[..., list[tuple[list[str], dict[str, str]]]]:
+    """What the stubs were called with since the last time, or those behind: words and environment of each call."""
 
-    def read() -> list[tuple[list[str], dict[str, str]]]:
-        parts = (tmp_path / "calls").read_text().split("\1\0")[:-1]
-        (tmp_path / "calls").unlink()
+    def read(file: str = "calls") -> list[tuple[list[str], dict[str, str]]]:
+        parts = (tmp_path / file).read_text().split("\1\0")[:-1]
+        (tmp_path / file).unlink()
         seen = [part.split("\0")[:-1] for part in parts]
         return [
             (words, dict(item.split("=", 1) for item in env)) for words, env in zip(seen[::2], seen[1::2], strict=True)
@@ -128,11 +134,28 @@ def test_build_image_runs_what_it_prints(inv, pasted, calls, sysfs):
     assert env | dict.fromkeys(command.asks, "said") == env
 
 
+def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp_path):
+    """The head behind, and each command in order: an ssh that read what is pasted would swallow what comes after it."""
+    (tmp_path / "node-ray").mkdir()  # bash itself opens the log, and the mkdir here makes nothing
+    shell = {"CACHE_DIR": str(tmp_path), "WORKER_HOSTS": "spark-2,spark-3,spark-4", "TP_SIZE": "4"}
+    settings = _settings("nemotron", sysfs(), **shell)
+    folders, container, *rest = up.commands(settings, node.network(settings, links.read(settings["SYSFS"])))
+    pasted(inv("--dry up --model nemotron", **shell).out + "wait\n")
+    (asked,) = (template.words(lines) for lines in container.asks.values())
+    _check([folders, *rest], [(words, env) for words, env in calls() if words != asked])
+    _check([container], [(words[1:], env) for words, env in calls("calls.behind")])
+    assert [command.words[0] for command in rest] == [*["ssh"] * 3, *["docker"] * 4]
+    pasted(inv("--dry down", **shell).out)
+    _check(down.commands(settings), calls())
+
+
 def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
-    """Launch starts what its dry text says, in that order: fetch, serve, record, follow."""
+    """Launch starts what its dry text says, in that order: fetch, copy the recorder, serve, record, follow."""
     pasted(inv("--dry launch --model nemotron").out)
     from_paste = calls()
     monkeypatch.setattr(load, "PAUSE_S", 0.005)
+    monkeypatch.setattr(load.guards, "running_node", lambda _: None)
+    monkeypatch.setattr(load.guards, "is_serving", lambda _: False)
     with pytest.raises(Exit, match="The server has ended"):
         load.launch(_settings("nemotron", sysfs(), **KEYS), ["10.0.0.1"], detached=False)
     really = calls()
@@ -148,7 +171,7 @@ def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
 def begin(tmp_path) -> Iterator[Callable[[str], None]]:
     """Starts a bash script as a server in this folder, by the real script with its minute and 64 MiB shortened."""
     script = server.START.replace(server.PID, f"{tmp_path}/pid").replace(server.WORDS, f"{tmp_path}/words")
-    script = script.replace(node.LOGS, str(tmp_path)).replace("sleep 60", "sleep 0.1")
+    script = script.replace(node.LOGS, str(tmp_path)).replace("timeout 60", "timeout 0.1")
     script = script.replace(str(run.LOG_BYTES), "20000")
     groups = []
 
@@ -180,12 +203,11 @@ def test_the_servers_log_is_cut_and_the_last_of_it_kept(begin, tmp_path):
 
 
 def test_a_secret_that_is_missing_stops_the_paste(inv, stubs, calls):
-    """Pasted without the keys, a launch starts nothing: `: "${NAME:?}"` comes first."""
+    """Pasted without the keys, a launch starts no server: `: "${NAME:?}"` comes first."""
     text = inv("--dry launch --model qwen-30b").out
     done = subprocess.run(["bash"], input=text.encode(), stderr=subprocess.PIPE, check=False)
     assert done.returncode and b"VLLM_API_KEY" in done.stderr
-    with pytest.raises(FileNotFoundError):
-        calls()
+    assert [words for words, _ in calls()] == [server.recorder_there().words]
 
 
 def test_nothing_in_invokes_own_environment_changes_the_text(inv, real_run):

@@ -89,7 +89,7 @@ def generate(url: str, key: str | None, seconds: float = 3) -> Answer:
     try:
         model = json.loads(named.text)["data"][0]["id"]
     except (ValueError, LookupError, TypeError):
-        return Answer(named.status and 502, f"/v1/models named none: {named.text[:100]}", named.seconds)
+        return Answer(502, f"/v1/models named none: {named.text[:100]}", named.seconds)
     body = {"model": model, "prompt": "1", "max_tokens": 1}
     answer = ask(f"{url}/v1/completions", key, body, max(0.1, start + seconds - time.monotonic()))
     return replace(answer, seconds=time.monotonic() - start)

@@ -15,7 +15,7 @@ from cluster import guards
 from cluster.node import CONTAINER
 from command import run, template
 from command.command import Command, say
-from host import engine, links
+from host import engine
 from settings.resolve import Settings
 from vitals import api, recorded, served, unanswered
 from vitals.states import GIB, Limits, Seen, State, Verdict, judge
@@ -93,14 +93,14 @@ def _nothing() -> Verdict:
 def _seen(settings: Settings, head: Container) -> Seen:
     """What the head's container, its server and, where the recorder does not tell, Ray say."""
     found = served.ask(head)
-    seen = _api(settings, Seen(found, degraded=_degraded(settings)))
+    seen = _api(settings, Seen(found))
     # Read after the token was waited for: what the ranks did meanwhile counts.
     seen = replace(seen, recorded=recorded.read(settings) if found else None)
     if seen.answer:
         seen = replace(seen, waited=unanswered.note(settings, seen.answer.silent))
     broken = seen.answer and seen.answer.status and seen.answer.status >= 500
-    if found and found.alive and seen.fresh and not broken:
-        return replace(seen, nodes=[address for address, facts in seen.fresh.nodes.items() if facts])
+    if found and found.alive and seen.fresh and all(seen.fresh.nodes.values()) and not broken:
+        return replace(seen, nodes=list(seen.fresh.nodes))
     return replace(seen, nodes=_nodes(head))
 
 
@@ -116,26 +116,22 @@ def _api(settings: Settings, seen: Seen) -> Seen:
             return replace(seen, answer=answer)
         first, last = before.result(), api.metrics(url)
     moving = first is not None and last is not None and first.moving != last.moving
-    return replace(seen, answer=answer, moving=moving)
+    return replace(seen, answer=answer, moving=moving, metrics=last or first)
 
 
-def _nodes(head: Container) -> list[str]:
-    """The addresses of the nodes that answer through Ray; none if Ray does not."""
+def _nodes(head: Container) -> list[str] | None:
+    """The addresses of the nodes that answer through Ray; None if Ray could not be asked."""
     try:
         return [node.address for node in nodes.ask(head) if not isinstance(node["host"], Unknown)]
     except Exit:
-        return []
-
-
-def _degraded(settings: Settings) -> list[str]:
-    """Half a port of this node that is down: the cable carries half its rate."""
-    return [said for said in links.remarks(links.read(settings["SYSFS"])) if said.startswith("Warning")]
+        return None
 
 
 def _parts(seen: Seen) -> list[tuple[bool, str, str]]:
     facts = (seen.fresh.nodes if seen.fresh else {}) if seen.server and seen.server.alive else {}
-    counted = [f"{at} (ranks: {facts[at]['ranks']})" if facts.get(at) else at for at in seen.nodes]
-    parts = [(bool(counted), "Ray", f"{len(counted)} nodes: {', '.join(counted) or 'none answers'}")]
+    counted = [f"{at} (ranks: {facts[at]['ranks']})" if facts.get(at) else at for at in seen.nodes or ()]
+    told = f"{len(counted)} nodes: {', '.join(counted)}" if counted else "it does not answer, or runs not here"
+    parts = [(bool(counted), "Ray", told)]
     if seen.answer:
         said = seen.answer.text[:100] if not seen.answer.well else f"one token in {seen.answer.seconds:.2f} s"
         parts.append((seen.answer.well, "API", f"{seen.answer.status or 'no answer'}: {said}"))

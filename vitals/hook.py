@@ -1,10 +1,13 @@
 """The operator's hook: what runs when the server is down or hung, how often it may, and the file that remembers it."""
 
+import fcntl
 import json
 import os
 import shlex
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +38,8 @@ class Hook:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._keep(self._runs())
+            with self._alone():
+                self._keep(self._runs())
         except (OSError, ValueError) as error:
             look = "rm" if isinstance(error, ValueError) else "ls -ld"
             raise Exit(f"{_unusable(self.file, error)}. Type: {look} {shlex.quote(str(self.file))}") from None
@@ -45,10 +49,11 @@ class Hook:
         if not self.words:
             return "none", "no hook: WATCH_HOOK is empty, so nothing is run"
         try:
-            runs = self._runs()
-            if forbidden := self._forbidden(runs, now):
-                return forbidden
-            self._keep([*(at for at in runs if now - at < max(DAY, self.cooldown)), now])
+            with self._alone():
+                runs = self._runs()
+                if forbidden := self._forbidden(runs, now):
+                    return forbidden
+                self._keep([*(at for at in runs if now - at < max(DAY, self.cooldown)), now])
         except (OSError, ValueError) as error:
             return "file", f"held back: {_unusable(self.file, error)}"
         return None
@@ -79,6 +84,13 @@ class Hook:
         if sum(now - at < DAY for at in runs) >= self.most:
             return "ceiling", f"held back: WATCH_MAX is {self.most}, and the hook ran as often within 24 hours"
         return None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two watches may be at the file at once."""
+        with self.file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _runs(self) -> list[float]:
         """When it ran, in epoch seconds; ValueError if the file holds something else."""

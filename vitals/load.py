@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from invoke import Exit
 
-from cluster import server
+from cluster import guards, server
 from cluster.node import CONTAINER
 from command import run
 from command.command import say
@@ -82,7 +82,7 @@ def follow(
             ready.record(settings, addresses, progress.seconds)
         how = "It answers" if was_ready else f"Ready after {progress.seconds:.0f} s"
         say(f"{how}: API at {_url(settings, settings['HEAD_NODE_IP'])}/v1, model {settings['SERVED_NAME']}")
-        while stay and not log.over:
+        while stay and not _is_over(log):
             _show(log.new(), progress.line if shown else None)
             time.sleep(PAUSE_S)
     if stay:
@@ -96,11 +96,18 @@ def _until_ready(settings: Settings, log: Log, progress: Progress, shown: bool, 
         _show(lines, progress.line if shown else None)
         moved = [load.read(line) for line in lines]
         progress.show(str(load), any(moved))
-        if log.over and not log.lines.qsize():
+        if _is_over(log):
             raise _ended(log)
         if not stuck and (stuck := _is_stuck(settings)):
             _say_stuck(settings, load, stay)
         time.sleep(PAUSE_S)
+
+
+def _is_over(log: Log) -> bool:
+    """Whether the server has ended, and not only who showed its log."""
+    return (
+        log.over and not log.lines.qsize() and not guards.is_serving(guards.running_node("Type: inv up --model NAME"))
+    )
 
 
 def _is_up(settings: Settings) -> bool:
@@ -123,7 +130,7 @@ def _warm_up(settings: Settings, log: Log, progress: Progress, shown: bool) -> N
         _show(log.new(), progress.line if shown else None)
         progress.show("first request")
         asking.join(0.2)
-        if log.over:
+        if _is_over(log):
             raise _ended(log)
     if not answers[0].well:
         raise Exit(f"The first request was answered {answers[0].status}: {answers[0].text[:300]}\nType: inv health")
@@ -136,10 +143,10 @@ def _is_stuck(settings: Settings) -> bool:
 
 
 def _say_stuck(settings: Settings, load: Load, stay: bool) -> None:
+    look = f" on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop" if stay else ""
     text = (
         f"STUCK in {load}: for {settings['STALL_S']} s (STALL_S) no line came in the log, and neither processor nor "
-        f"memory moved on any node. Look: inv logs; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. "
-        "To end it: inv stop"
+        f"memory moved on any node. Look: inv logs;{look}"
     )
     if not stay:
         raise Exit(text)

@@ -1,7 +1,7 @@
 """How far a load has come, read from the server's own log: the last sentence that belongs to a phase names it."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # vLLM 0.11 to 0.32, V1 engine, as public logs and the stand-in's own have them. A phase is on from its first sign;
 # those that a model or a line does not need (a CPU compiles nothing, --enforce-eager captures nothing) are passed over.
@@ -29,7 +29,6 @@ class Load:
 
     phase: str = PHASES[0][0]
     percent: str = ""
-    passed: list[str] = field(default_factory=list)
 
     def read(self, line: str) -> bool:
         """Take one line in; whether it began another phase. Phases only go forward."""
@@ -38,7 +37,6 @@ class Load:
         if found == self.phase or _order(found) < _order(self.phase):
             self.percent = f"{bar[1]}%" if bar and found == self.phase else self.percent
             return False
-        self.passed.append(self.phase)
         self.phase, self.percent = found, f"{bar[1]}%" if bar else ""
         return True
 

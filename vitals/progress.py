@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from invoke import Exit
@@ -36,8 +37,9 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._status:
-            self._status.stop()
+        with suppress(OSError):  # the terminal may be what was lost
+            if self._status:
+                self._status.stop()
 
     @property
     def seconds(self) -> float:
@@ -51,15 +53,17 @@ class Progress:
         if self._status:
             from rich.text import Text
 
-            self._status.update(Text(text))
+            with suppress(OSError):
+                self._status.update(Text(text))
         elif new or time.monotonic() - self._said >= EVERY_S:
             self._said = time.monotonic()
             say(text)
 
     def line(self, text: str) -> None:
-        """A line of a log, above the one that changes."""
-        if self._status:
-            self._status.console.print(text, markup=False, soft_wrap=True)
+        """A line of a log on standard output; on a terminal above the line that changes."""
+        if self._status and sys.stdout.isatty():
+            with suppress(OSError):
+                self._status.console.print(text, markup=False, soft_wrap=True)
         else:
             self._print(text)
 

@@ -27,7 +27,7 @@ class Recorded:
     @property
     def fresh(self) -> bool:
         """Whether it tells of now."""
-        return self.age <= FRESH_S
+        return -1 <= self.age <= FRESH_S
 
     @property
     def ranks(self) -> int:

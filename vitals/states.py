@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vitals.api import Answer
+from vitals.api import Answer, Metrics
 from vitals.recorded import Recorded
 from vitals.served import Served
 
 GIB = 2**30
+RECORDER = "inv up --model NAME: it leaves the server alone and starts the recorder again"
 LINKS = "ip -brief link, on that node"
 AGAIN = "inv down; then: inv up --model NAME"
 # What moves while work is done, and what moves while a model is loaded.
@@ -60,17 +61,18 @@ class Limits:
 class Seen:
     """All that was asked of a head: `server` is None where none was launched, `nodes` are the addresses that Ray has.
 
-    `answer` is the API's to one token, `moving` tells whether its counters moved meanwhile, `waited` for how many
-    seconds health has had no token; `broken` is what else could not be asked, or failed.
+    They are None where Ray could not be asked. `answer` is the API's to one token, `metrics` what it said of its
+    requests, `moving` tells whether its counters moved meanwhile, `waited` for how many seconds health has had no
+    token; `broken` is what else could not be asked.
     """
 
     server: Served | None = None
-    nodes: Sequence[str] = ()
+    nodes: Sequence[str] | None = None
     recorded: Recorded | None = None
     answer: Answer | None = None
     moving: bool = False
     waited: float = 0
-    degraded: Sequence[str] = ()
+    metrics: Metrics | None = None
     broken: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -106,20 +108,30 @@ def judge(seen: Seen, limits: Limits) -> Verdict:
 
 
 def _ended(seen: Seen, server: Served) -> Verdict:
-    if len(seen.nodes) < server.world_size:
+    if seen.nodes is not None and len(seen.nodes) < server.world_size:
         return Verdict(State.RANK_LOST, f"The server has ended: {_has(seen.nodes, server)}", AGAIN)
-    return Verdict(State.NOT_RUNNING, "The server has ended by itself.", "inv logs; then: inv launch --model NAME")
+    unasked = "; and Ray could not be asked" if seen.nodes is None else ""
+    return Verdict(
+        State.NOT_RUNNING, f"The server has ended by itself{unasked}.", "inv logs; then: inv up --model NAME"
+    )
 
 
 def _lost(seen: Seen, server: Served) -> Verdict | None:
-    """Fewer ranks than the server has, unless it loads still, or a token just proved that all of them live."""
+    """A node without a rank, or one that Ray has lost; unless it loads still, or a token just proved that all live.
+
+    One look that a busy node did not answer in time is no loss: then Ray was asked.
+    """
     if not seen.fresh or (seen.answer and (seen.answer.well or seen.answer.refused)):
         return None
-    if seen.fresh.ranks >= server.world_size:
+    gone = [at for at, told in seen.fresh.nodes.items() if (not told["ranks"] if told else _is_gone(seen, at))]
+    if not gone or seen.fresh.ranks >= server.world_size:
         return None
-    silent = [address for address, facts in seen.fresh.nodes.items() if not facts or not facts["ranks"]]
-    why = f"{seen.fresh.ranks} of {server.world_size} ranks live; none on {', '.join(silent) or 'any node'}."
+    why = f"{seen.fresh.ranks} of {server.world_size} ranks live; none on {', '.join(gone)}."
     return Verdict(State.RANK_LOST, why, AGAIN)
+
+
+def _is_gone(seen: Seen, address: str) -> bool:
+    return seen.nodes is not None and address not in seen.nodes
 
 
 def _broken(seen: Seen, server: Served, answer: Answer) -> Verdict:
@@ -127,7 +139,7 @@ def _broken(seen: Seen, server: Served, answer: Answer) -> Verdict:
     said = f"The API answers {answer.status}: "
     if answer.status < 500:
         return Verdict(State.UNKNOWN, said + answer.text[:200], "inv logs")
-    if len(seen.nodes) < server.world_size:
+    if seen.nodes is not None and len(seen.nodes) < server.world_size:
         return Verdict(State.RANK_LOST, said + _has(seen.nodes, server), AGAIN)
     return Verdict(State.NOT_RUNNING, said + answer.text[:200], "inv logs; then: inv stop, and launch again")
 
@@ -140,9 +152,9 @@ def _serving(seen: Seen, limits: Limits) -> Verdict:
         why = f"It answers, but less than MEM_WARN_GIB ({limits.warn:g}) is available: {', '.join(low)}."
         return Verdict(State.MEMORY_LOW, why, "inv memory; a lower GPU_MEM_UTIL leaves the host more")
     if down := _down(seen):
-        return Verdict(State.LINKS_DEGRADED, f"It answers, but {down}", LINKS)
+        return Verdict(State.LINKS_DEGRADED, f"It answers, but {down}.", LINKS)
     if not seen.fresh:
-        return Verdict(State.UNKNOWN, f"It answers, but {_no_recorder(seen)}", "inv logs")
+        return Verdict(State.UNKNOWN, f"It answers, but {_no_recorder(seen)}", RECORDER)
     if seen.broken:
         why = "It answers, but " + "; ".join(f"{what}: {said}" for what, said in seen.broken.items())
         return Verdict(State.UNKNOWN, why, "nvidia-smi")
@@ -151,21 +163,25 @@ def _serving(seen: Seen, limits: Limits) -> Verdict:
 
 def _silent(seen: Seen, answer: Answer, limits: Limits) -> Verdict:
     """No token in time: a long prompt may be before it in the line, and a host must not be power-cycled for that."""
-    late = f"No token within {answer.seconds:.0f} s"
-    if down := _down(seen):
-        return Verdict(State.LINKS_DEGRADED, f"{late}, and {down}", LINKS)
+    down = _down(seen)
+    late = f"No token within {answer.seconds:.0f} s{_queue(seen)}" + (f", and {down}" if down else "")
+    # An idle server has nothing to move: what counts is for how long somebody has waited while nothing did.
+    still = seen.fresh and min(seen.fresh.quiet(*WORK), max(seen.waited, seen.fresh.quiet("waiting")))
+    if still is not None and still >= limits.hang and not seen.moving:
+        why = f"{late}; for {still:.0f} s (HANG_S: {limits.hang:g}) no counter, processor or GPU of a rank has moved."
+        return Verdict(State.HUNG, why, "inv logs; then: inv stop, and launch again")
+    if down:
+        return Verdict(State.LINKS_DEGRADED, late, LINKS)
     if seen.moving:
         return Verdict(State.BUSY, f"{late}, but its counters move.", "inv health, later")
-    if not seen.fresh:
-        return Verdict(State.UNKNOWN, f"{late}; whether anything moves is unknown: {_no_recorder(seen)}", "inv logs")
-    # An idle server has nothing to move: what counts is for how long somebody has waited while nothing did.
-    waited = max(seen.waited, seen.fresh.quiet("waiting"))
-    quiet = min(seen.fresh.quiet(*WORK), waited)
-    if quiet < limits.hang:
-        why = f"{late}; that anything moved, or nobody waited, was {quiet:.0f} s ago (HANG_S: {limits.hang:g})."
-        return Verdict(State.BUSY, why, "inv health, later")
-    why = f"{late}, and for {quiet:.0f} s (HANG_S: {limits.hang:g}) no counter, processor or GPU of a rank has moved."
-    return Verdict(State.HUNG, why, "inv logs; then: inv stop, and launch again")
+    if still is None:
+        return Verdict(State.UNKNOWN, f"{late}; whether anything moves is unknown: {_no_recorder(seen)}", RECORDER)
+    why = f"{late}; that anything moved, or nobody waited, was {still:.0f} s ago (HANG_S: {limits.hang:g})."
+    return Verdict(State.BUSY, why, "inv health, later")
+
+
+def _queue(seen: Seen) -> str:
+    return f" ({seen.metrics.running} requests run, {seen.metrics.waiting} wait)" if seen.metrics else ""
 
 
 def _loading(seen: Seen, limits: Limits) -> Verdict:
@@ -181,9 +197,8 @@ def _facts(seen: Seen) -> list[tuple[str, Mapping]]:
 
 
 def _down(seen: Seen) -> str:
-    """The links that the containers were told to use and that are not up, and half ports of this node; or nothing."""
-    down = [*seen.degraded, *(f"{netdev} of {at} is down." for at, told in _facts(seen) for netdev in told["down"])]
-    return " ".join(down)
+    """The links that the containers were told to use and that are not up; or nothing."""
+    return ", ".join(f"{netdev} of {at} is down" for at, told in _facts(seen) for netdev in told["down"])
 
 
 def _no_recorder(seen: Seen) -> str:

@@ -18,7 +18,9 @@ def note(settings: Settings, silent: bool) -> float:
     if not silent or not 0 <= now - last <= int(settings["HANG_S"]) / 2:
         since = now
     try:
-        file.write_text(json.dumps([since, now if silent else 0]))
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps([since, now if silent else 0]))
+        new.replace(file)
     except OSError:
         return 0  # what cannot be remembered is not held against the server
     return now - since

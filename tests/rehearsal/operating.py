@@ -69,7 +69,7 @@ def gone(host: Host, seconds: float = 20) -> bool:
 
 def serving(host: Host) -> bool:
     """Whether a `vllm serve` runs in the host's container."""
-    return host.run("docker", "exec", "node-ray", "pgrep", "-f", "vllm serve").returncode == 0
+    return host.run("docker", "exec", "node-ray", "pgrep", "-f", "bin/vllm serve").returncode == 0
 
 
 def settled(condition: Callable[[], bool], seconds: float = 3) -> bool:

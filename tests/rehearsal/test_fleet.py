@@ -1,8 +1,11 @@
 """All nodes from one terminal: up, up again, down, and an `up` that cannot be; nothing half-started stays."""
 
 import json
+import os
+import pty
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,7 @@ def pair(sparks, shells):
     shells.start(sparks[1])
 
 
-def test_up_up_again_and_down(pair, terminal):
+def test_up_up_again_and_down(pair):
     """All of it comes up and answers; a second time everything is left alone; down removes it and says so."""
     first = up(pair[0])
     assert first.returncode == 0, first.stderr[-3000:]
@@ -112,12 +115,29 @@ def test_ctrl_c_at_up_takes_down_what_it_started(pair, terminal):
     assert "taken down again" in typed.said and "Traceback" not in typed.said
 
 
-def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair, terminal):
-    """As with launch: the load goes on, and the next up waits for it."""
-    typed = terminal(pair[0], *UP, **FLEET)
-    typed.until("rehearsal: ranks", 90)
-    typed.end(signal.SIGHUP, 60)
-    assert settled(lambda: serving(pair[0])), typed.said
+def seen(terminal: int, text: str, seconds: float) -> str:
+    """What a terminal shows until it shows text."""
+    said, end = "", time.monotonic() + seconds
+    while text not in said:
+        assert time.monotonic() < end, said
+        said += os.read(terminal, 65536).decode(errors="replace")
+    return said
+
+
+def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair):
+    """As with launch: the load goes on, and the next up waits for it; a second one at the same time is refused."""
+    ours, theirs = pty.openpty()
+    typed = pair[0].popen(
+        *INV, *UP, env=SHELL | FLEET, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = seen(ours, "rehearsal: ranks", 90)
+    second = up(pair[0])
+    assert second.returncode != 0 and "Another inv up runs on this head" in second.stderr
+    os.close(ours)
+    typed.send_signal(signal.SIGHUP)
+    assert typed.wait(60) == 128 + signal.SIGHUP, said
+    assert settled(lambda: serving(pair[0])), said
     again = up(pair[0])
     assert again.returncode == 0 and "Ready after" in again.stderr, again.stderr[-2000:]
     assert inv(pair[0], "health", **FLEET).returncode == 0

@@ -191,7 +191,22 @@ def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
     client.kill()
     client.wait(10)
     assert wait(lambda: not serving(pair[0]), 30)
+    assert containers(pair[0]) == "node-ray running"
     down = inv(pair[0], "down", **FLEET)
     assert down.returncode == 0 and "node-ray was removed" in down.stderr
     assert [containers(host) for host in pair] == ["", ""]
     assert health(pair)[0] == 12
+
+
+def test_a_head_that_dies_while_it_serves_does_not_linger_elsewhere(pair):
+    """Health says that nothing runs; the worker is taken down with the same word, and up brings all of it up again."""
+    words = ("up", "--model", "rehearsal", "--allow", ALLOW)
+    assert pair[0].run(*INV, *words, env=SHELL | FLEET, timeout=240).returncode == 0
+    pair[0].run("docker", "kill", "node-ray")
+    assert wait(lambda: health(pair)[0] == 12, 20)
+    assert containers(pair[1]) == "node-ray running"
+    down = inv(pair[0], "down", **FLEET)
+    assert down.returncode == 0 and "spark-2 | node-ray was removed" in down.stderr, down.stderr
+    assert [containers(host) for host in pair] == ["", ""]
+    elsewhere = inv(pair[1], "down", **FLEET)
+    assert elsewhere.returncode != 0 and "This host is not the head" in elsewhere.stderr
