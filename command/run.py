@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from invoke import Exit
@@ -121,7 +121,7 @@ def told(command: Command, who: str, seconds: float) -> str:
     last: deque[str] = deque(maxlen=12)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     with _start(command, process_group=0, **pipes) as child:
-        late = threading.Timer(seconds, os.killpg, (child.pid, signal.SIGKILL))
+        late = threading.Timer(seconds, _kill, (child.pid,))
         late.start()
         for line in child.stderr:
             last.append(line.rstrip())
@@ -177,6 +177,11 @@ def hook(command: Command, seconds: float, without: tuple[str, ...] = ()) -> int
     env = {name: value for name, value in command.environ().items() if name not in without}
     with held():
         return _killed_after(seconds, command, env)
+
+
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError):  # it has just ended by itself
+        os.killpg(group, signal.SIGKILL)
 
 
 def answers(command: Command) -> dict[str, str]:

@@ -68,9 +68,17 @@ def everywhere(settings: Settings, workers: Sequence[str], head: bool) -> list[s
     """Take workers down over ssh and, if asked, this head, all at once; why, for each worker that could not be."""
     with ThreadPoolExecutor(max(1, len(workers))) as pool:
         asked = [pool.submit(remote.run_there, remote.down(settings, host), THERE_S) for host in workers]
-        if head:
-            here()
-    return failures(asked)
+        own = _here() if head else []
+    return [*failures(asked), *own]
+
+
+def _here() -> list[str]:
+    """Why this node could not be taken down, or nothing."""
+    try:
+        here()
+    except Exit as error:
+        return [f"This node: {error.message}"]
+    return []
 
 
 def failures(asked: Sequence[Future]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from invoke import Exit
@@ -71,8 +71,10 @@ def _nodes(settings: Settings, net: Network, hosts: Sequence[str], made: Made) -
         detached.start(container)
         made.head = True
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:
-        asked = [pool.submit(_worker, settings, host, made) for host in hosts]
+        asked: list[Future] = []
         try:
+            for host in hosts:
+                asked.append(pool.submit(_worker, settings, host, made))
             wait(asked)
         except BaseException:
             hear_nothing()

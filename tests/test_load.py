@@ -282,7 +282,7 @@ def test_who_shows_the_log_may_end_before_the_server(loading):
 def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
     """With its phase and where to look: `up` fails, `launch` says it once and leaves it to the person."""
     wrote(folder, quiet=700)
-    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs;$"):
+    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs;?$"):
         loading([LINES[5][0]], looks=9)
     said = loading([LINES[5][0]], looks=9, stay=True).err
     assert said.count("STUCK in weights") == 1 and said.count(" To end it: inv stop\n") == 1

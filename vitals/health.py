@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from invoke import Exit
 
 from checks import nodes
-from checks.nodes import Unknown
 from cluster import guards
 from cluster.node import CONTAINER
 from command import run, template
@@ -120,9 +119,9 @@ def _api(settings: Settings, seen: Seen) -> Seen:
 
 
 def _nodes(head: Container) -> list[str] | None:
-    """The addresses of the nodes that answer through Ray; None if Ray could not be asked."""
+    """The addresses of the nodes that Ray has, busy or not; None if Ray could not be asked."""
     try:
-        return [node.address for node in nodes.ask(head) if not isinstance(node["host"], Unknown)]
+        return [node.address for node in nodes.ask(head)]
     except Exit:
         return None
 

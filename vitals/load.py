@@ -143,10 +143,10 @@ def _is_stuck(settings: Settings) -> bool:
 
 
 def _say_stuck(settings: Settings, load: Load, stay: bool) -> None:
-    look = f" on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop" if stay else ""
+    look = f"; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop" if stay else ""
     text = (
         f"STUCK in {load}: for {settings['STALL_S']} s (STALL_S) no line came in the log, and neither processor nor "
-        f"memory moved on any node. Look: inv logs;{look}"
+        f"memory moved on any node. Look: inv logs{look}"
     )
     if not stay:
         raise Exit(text)

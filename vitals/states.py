@@ -171,7 +171,7 @@ def _silent(seen: Seen, answer: Answer, limits: Limits) -> Verdict:
         why = f"{late}; for {still:.0f} s (HANG_S: {limits.hang:g}) no counter, processor or GPU of a rank has moved."
         return Verdict(State.HUNG, why, "inv logs; then: inv stop, and launch again")
     if down:
-        return Verdict(State.LINKS_DEGRADED, late, LINKS)
+        return Verdict(State.LINKS_DEGRADED, f"{late}.", LINKS)
     if seen.moving:
         return Verdict(State.BUSY, f"{late}, but its counters move.", "inv health, later")
     if still is None:

@@ -78,7 +78,7 @@ def turn(outage: Outage, acts: Hook, url: str, seen: Look) -> None:
         return
     if forbidden := acts.claim(time.time()):
         return _tell(*outage.once(*forbidden))
-    _tell(f"hook: {shlex.join(acts.words)} ({due.event} since {iso(due.since)}: {due.reason})")
+    _tell(f"hook: {shlex.quote(acts.words[0])} ({due.event} since {iso(due.since)}: {due.reason})")
     _tell(acts.call(due, url))
 
 
@@ -120,7 +120,9 @@ def _sendable(key: str | None) -> str | None:
 
 
 def _started(settings: Settings, url: str, acts: Hook) -> str:
-    then = f"{shlex.join(acts.words)}, {acts.cooldown} s apart, {acts.most} in 24 hours" if acts.words else "no hook"
+    then = (
+        f"{shlex.quote(acts.words[0])}, {acts.cooldown} s apart, {acts.most} in 24 hours" if acts.words else "no hook"
+    )
     every, failures, hang = (settings[name] for name in ("WATCH_INTERVAL_S", "WATCH_FAILURES", "HANG_S"))
     return f"started: {url} every {every} s; after {failures} failures: {then}; hung after {hang} s"
 
