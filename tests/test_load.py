@@ -12,10 +12,10 @@ from cluster import node, server
 from settings import models, resolve
 from vitals import load, progress, ready, recorded
 from vitals.api import Answer
+from vitals.judge import LOAD
 from vitals.phases import PHASES, Load
 from vitals.progress import EVERY_S, Progress
 from vitals.recorded import FRESH_S
-from vitals.states import LOAD
 
 BOTH = ("10.0.0.1", "10.0.0.2")
 STAMP = "(EngineCore pid=7) INFO 01-02 03:04:05"

@@ -16,8 +16,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from settings.models import ROOT
+from vitals.judge import LOAD, WORK
 from vitals.recorded import Recorded
-from vitals.states import LOAD, WORK
 
 GIB = 2**30
 BOTH = ("10.0.0.1", "10.0.0.2")

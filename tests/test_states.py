@@ -15,9 +15,10 @@ from invoke import Exit
 from checks.nodes import Node
 from vitals import api, health, recorded, unanswered
 from vitals.api import Answer, Metrics
+from vitals.judge import AGAIN, GIB, LOAD, RECORDER, WORK, judge
 from vitals.recorded import FRESH_S, Recorded
 from vitals.served import Served
-from vitals.states import AGAIN, GIB, LOAD, RECORDER, WORK, Limits, Seen, State, judge
+from vitals.states import Limits, Seen, State
 
 NOW = 1_700_000_000.0
 HANG, STALL, WARN = 300, 600, 6

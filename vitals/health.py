@@ -17,7 +17,8 @@ from command.command import Command, say
 from host import engine
 from settings.resolve import Settings
 from vitals import api, recorded, served, unanswered
-from vitals.states import GIB, Limits, Seen, State, Verdict, judge
+from vitals.judge import GIB, judge
+from vitals.states import Limits, Seen, State, Verdict
 
 if TYPE_CHECKING:
     from docker.models.containers import Container

@@ -16,9 +16,9 @@ from command import run
 from command.command import say
 from settings.resolve import Settings
 from vitals import api, ready, recorded
+from vitals.judge import LOAD
 from vitals.phases import Load
 from vitals.progress import Progress
-from vitals.states import LOAD
 
 PAUSE_S = 0.5
 # The first request compiles kernels: it took 49 s on two H100, the next 1.8 s.
