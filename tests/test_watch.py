@@ -396,10 +396,11 @@ def test_a_key_that_cannot_be_sent_is_refused(operator):
 
 def test_a_sigterm_ends_the_watch_in_order(operator, capfd):
     """It says what it does first and last, and returns; the signal is what it was before."""
+    before = signal.getsignal(signal.SIGTERM)
     operator.setattr(watch.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with playing(200) as url:
         watch.watch(resolve.load(shell=os.environ), f"{url}/")
     events = [line.split(" ", 1)[1] for line in capfd.readouterr().err.splitlines()]
     hung = "after 10 failures: no hook; hung after 300 s"
     assert events[0] == f"started: {url} every 30 s; {hung}" and events[1] == "well" and events[-1] == "stopped"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before

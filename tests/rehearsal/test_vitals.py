@@ -82,6 +82,19 @@ def test_the_fabric_is_not_proved_while_a_server_has_the_gpus(pair):
     assert done.returncode != 0 and "A server runs in this container already. Type: inv stop" in done.stderr
 
 
+def test_memory_is_a_line_for_each_node(pair, terminal, tmp_path):
+    """With what each had left at its lowest, and the same as CSV; Ctrl-C ends it."""
+    file = tmp_path / "memory.csv"
+    typed = terminal(pair[0], "memory", "--csv", str(file))
+    typed.until("10.0.0.2 ", 60)
+    typed.until("GiB available", 60)
+    assert wait(lambda: len(file.read_text().splitlines()) >= 5, 30)
+    typed.end(signal.SIGINT)
+    rows = [row.split(",") for row in file.read_text().splitlines()]
+    assert rows[0] == ["time", "node", "available_bytes"] and {row[1] for row in rows[1:]} == {"10.0.0.1", "10.0.0.2"}
+    assert "Lowest while the last server ran: " in typed.said and "Traceback" not in typed.said
+
+
 def test_logs_are_the_servers_and_the_nodes(pair):
     """The head has both, the worker its own."""
     assert "Application startup complete" in inv(pair[0], "logs").stdout
