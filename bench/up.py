@@ -43,7 +43,8 @@ def by_hand(hosts: list[Host]) -> float:
     """Seconds that a person takes who types without a pause, and looks every half second."""
     roles = {1: "head", 2: "worker"}
     lines = {host.number: _inv(host, "--dry", roles[host.number], "--model", "rehearsal") for host in hosts}
-    start = _inv(hosts[0], "--dry", "launch", "--model", "rehearsal").split("\n\n")[0]
+    launch = _inv(hosts[0], "--dry", "launch", "--model", "rehearsal").split("\n\n")
+    start = next(command for command in launch if "vllm serve" in command)
     return _seconds(lambda: _typed(hosts, lines, start))
 
 
