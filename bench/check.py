@@ -21,6 +21,10 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rehearsal.shell import bound_to_us, contained
+
 PROBE = (Path(__file__).resolve().parent.parent / "checks/probe.py").read_text()
 RAY = "ray==2.60.0"
 LIMIT = 4.0
@@ -30,10 +34,8 @@ START_S = 120
 PERIOD = 100_000
 PREFIX = "bench-check"
 SWITCH = f"{PREFIX}-switch"
-# A node has processes and a Ray folder of its own, and ends with this process, whatever ends it.
-CONTAINED = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 IN_GROUP = 'echo $$ >"$0" && exec "$@"'
-OWN_FOLDER = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+OWN_FOLDER = 'mount -t proc proc /proc && mount -t tmpfs tmpfs "$0" && exec "$@"'
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ def _start(stack: ExitStack, place: Place, number: int, *words: str) -> subproce
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     inside = ("ip", "netns", "exec", _space(number), *own, *ray, *sizes)
     grouped = ("/bin/sh", "-c", IN_GROUP, str(_group(number) / "cgroup.procs"))
-    node = subprocess.Popen([*grouped, *CONTAINED, *inside], env=_environment(number), **quiet)
+    line = [*grouped, *bound_to_us(*contained(*inside))]
+    node = subprocess.Popen(line, env=_environment(number), **quiet)
     stack.callback(node.wait)
     stack.callback(node.kill)
     return node

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rehearsal import cgroup, place
-from rehearsal.shell import BOUND, CONTAINED, PATH, RehearsalError, run, tail, wait, works
+from rehearsal.shell import PATH, RehearsalError, bound_to_us, contained, run, tail, wait, works
 
 PARTS = Path(__file__).parent / "spark"
 HOOK = "nvidia-container-runtime-hook"  # dockerd offers `--gpus` as soon as its PATH has a program of this name
@@ -63,11 +63,13 @@ class Engine:
         `additions` is what its runc adds to every container (see `spark/runc.py`), `hosts` its /etc/hosts.
         """
         self._write(hosts, additions)
-        words = [*(BOUND if bound else ()), *CONTAINED, "--uts", "sh", PARTS / "boot.sh", self.state, self.name,
-                 self.namespace, cgroup.entrance(self.name), str(int(infiniband))]  # fmt: skip
+        entrance = cgroup.entrance(self.name)
+        boot = ("sh", PARTS / "boot.sh", self.state, self.name, self.namespace, entrance, str(int(infiniband)))
+        line = contained(*boot)
+        line = bound_to_us(*line) if bound else line
         with self._log.open("w") as log:
             quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            return subprocess.Popen([str(word) for word in words], env=self.env, start_new_session=True, **quiet)
+            return subprocess.Popen(line, env=self.env, start_new_session=True, **quiet)
 
     def ready(self, process: subprocess.Popen) -> None:
         """Wait until it answers, and remove what a killed run left in it; raise RehearsalError if it ends or hangs."""

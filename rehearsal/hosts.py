@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rehearsal import links, model, place
 from rehearsal.engine import Engine
-from rehearsal.shell import BOUND
+from rehearsal.shell import bound_to_us
 
 # What a person types as `inv`, in the Python that runs this.
 INV = (sys.executable, "-m", "invoke", "--search-root", str(Path(__file__).resolve().parent.parent))
@@ -63,8 +63,8 @@ class Host:
 
     def popen(self, *words: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
         """Start words on this host; they are killed with this process unless the rig is kept."""
-        prefix = BOUND if self.bound else ()
-        return subprocess.Popen([*prefix, *self.command(*words)], env={**self.env, **(env or {})}, **options)
+        line = self.command(*words)
+        return subprocess.Popen(bound_to_us(*line) if self.bound else line, env={**self.env, **(env or {})}, **options)
 
     def prepare(self) -> None:
         """Write its sysfs tree and the tiny model."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rehearsal import place
 from rehearsal.engine import Engine
-from rehearsal.shell import CONTAINED, Say, logged, run, step
+from rehearsal.shell import Say, contained, logged, run, step
 
 CONTEXT = Path(__file__).parent / "standin"
 SUITE = "bookworm"  # its Python is 3.11
@@ -44,8 +44,9 @@ def clone(builder: Engine, engine: Engine) -> None:
 def _bootstrap(builder: Engine, base: str) -> None:
     folder, archive = builder.root / "base", builder.root / "base.tar"
     shutil.rmtree(folder, ignore_errors=True)
-    logged(place.log(builder.root, "base"), *CONTAINED, "debootstrap", "--variant=minbase", "--force-check-gpg",
-           f"--keyring={KEYRING}", f"--include={','.join(PACKAGES)}", SUITE, folder)  # fmt: skip
+    words = ("debootstrap", "--variant=minbase", "--force-check-gpg", f"--keyring={KEYRING}")
+    bootstrap = (*words, f"--include={','.join(PACKAGES)}", SUITE, folder)
+    logged(place.log(builder.root, "base"), *contained(*bootstrap))
     logged(place.log(builder.root, "tar"), "tar", "--directory", folder, *(f"--exclude={path}" for path in LEFT_OUT),
            "--create", "--file", archive, ".")  # fmt: skip
     logged(place.log(builder.root, "import"), "docker", "import", archive, base, env=builder.env)

@@ -14,15 +14,30 @@ Say = Callable[[str], None]
 # A user's PATH often lacks the folders for administration, and so does root's after a plain `su`.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
-# Killed with this process, whatever kills it; the thread that starts the child must live as long as the child.
-BOUND = ("setpriv", "--pdeathsig", "KILL")
-# Mounts and processes of its own: both vanish with the first process.
-CONTAINED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+# The kernel tells a child of no death before the child has asked for it: who has another parent by then ends by itself.
+_IF_PARENT_IS = """
+while read -r name value; do [ "$name" != PPid: ] || parent=$value; done </proc/self/status
+[ "$parent" = "$0" ] && exec "$@"
+"""
 _ENV = {"env": {**os.environ, "PATH": PATH}}
 
 
 class RehearsalError(Exception):
     """The rehearsal cannot go on; the text is for a person."""
+
+
+def bound_to_us(*words: str | Path) -> list[str]:
+    """`words` that are killed with this process, whatever kills it, even while they are being started.
+
+    The thread that starts them must live as long as they do.
+    """
+    return ["setpriv", "--pdeathsig", "KILL", "sh", "-c", _IF_PARENT_IS, str(os.getpid()), *map(str, words)]
+
+
+def contained(*words: str | Path) -> list[str]:
+    """`words` with mounts, processes and a host name of their own, all of which vanish with the first process."""
+    unshare = 'exec unshare --mount --pid --uts --fork --kill-child sh -c "$0" "$$" "$@"'
+    return ["sh", "-c", unshare, _IF_PARENT_IS, *map(str, words)]
 
 
 def run(*words: str | Path, **options) -> str:
@@ -52,7 +67,7 @@ def logged(log: Path, *words: str | Path, **options) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        done = subprocess.run([*BOUND, *map(str, words)], **{**_ENV, **quiet, **options})
+        done = subprocess.run(bound_to_us(*words), **{**_ENV, **quiet, **options})
     if done.returncode:
         raise RehearsalError(f"{_line(words)} failed ({done.returncode}), see {log}:\n{tail(log.read_text(), 15)}")
 

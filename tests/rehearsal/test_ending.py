@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rehearsal import cgroup, needs, place, sweep
+from rehearsal.engine import script
 from rehearsal.rig import Rig
 from rehearsal.shell import RehearsalError, run, wait
 
@@ -31,6 +32,21 @@ with rig.Rig(say=say, keep=sys.argv[1] == "kept") as made:
     if sys.argv[1] != "kept":
         time.sleep(99)
 """
+# Starts what says "it goes on", with the starter's own PATH.
+STARTER = """
+import subprocess
+from rehearsal import shell
+subprocess.run(shell.bound_to_us(*shell.contained("echo", "it goes on")))
+"""
+# A setpriv that is slow to begin, and an unshare that is gone before its child could ask for its death.
+SLOW = {
+    "setpriv": (
+        "echo asked",
+        'while grep -q "^PPid:[[:space:]]*$PPID$" /proc/$$/status; do sleep 0.01; done',
+        'PATH=${PATH#*:} exec setpriv "$@"',
+    ),
+    "unshare": ("echo asked", "shift 5", '(while [ -d /proc/$$ ]; do sleep 0.01; done; exec "$@") &'),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +120,19 @@ def test_after_sigkill_only_names_are_left_and_the_next_run_sweeps_them(owner, m
     with Rig(say=lambda _: None) as rig:
         assert rig.builder.docker("ps", "--all", "--quiet") == ""
     assert left() == []
+
+
+@pytest.mark.parametrize("program", SLOW)
+def test_what_is_started_by_a_process_that_is_killed_meanwhile_does_not_go_on(tmp_path, program):
+    """The kernel binds a child from its own first step on, which may come after its parent's last."""
+    script(tmp_path / program, *SLOW[program])
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = [sys.executable, "-c", STARTER]
+    starter = subprocess.Popen(words, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, text=True)
+    assert starter.stdout.readline() == "asked\n"
+    if program == "setpriv":
+        starter.kill()
+    assert starter.communicate(timeout=10)[0] == ""
 
 
 def test_one_rehearsal_at_a_time(owner):
