@@ -147,25 +147,22 @@ def output(command: Command, seconds: float | None = 20, errors: bool = False) -
 
     Raises Exit with its last words if it fails, cannot be started or takes longer.
     """
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if errors else subprocess.PIPE, "text": True}
     try:
-        done = subprocess.run(
-            command.words,
-            env=command.environ(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=None if errors else subprocess.PIPE,
-            check=False,
-            text=True,
-            timeout=seconds,
-        )
+        child = subprocess.Popen(command.words, env=command.environ(), stdin=subprocess.DEVNULL, **pipes)
     except OSError as error:
         raise Exit(_not_started(command, error)) from None
-    except subprocess.TimeoutExpired:
-        raise Exit(f"{shlex.join(command.words[:3])} did not answer within {seconds:.0f} s.") from None
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise Exit(f"{shlex.join(command.words[:3])} failed with status {done.returncode}: {' / '.join(tail)}")
-    return done.stdout.strip()
+    try:
+        out, err = child.communicate(timeout=seconds)
+    except BaseException as error:
+        child.kill()  # and not waited for: what hangs in the kernel, as a driver's tools do, outlives that
+        if isinstance(error, TooLate):
+            raise Exit(f"{shlex.join(command.words[:3])} did not answer within {seconds:.0f} s.") from None
+        raise
+    if child.returncode:
+        tail = (err or out).strip().splitlines()[-3:]
+        raise Exit(f"{shlex.join(command.words[:3])} failed with status {child.returncode}: {' / '.join(tail)}")
+    return out.strip()
 
 
 def hook(command: Command, seconds: float, without: tuple[str, ...] = ()) -> int:

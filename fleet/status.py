@@ -37,7 +37,7 @@ def report(settings: Settings, as_json: bool) -> None:
             "head": env.get("MASTER_ADDR"),
             "state": str(verdict.state),
             "server": serving and _server(serving),
-            "nodes": [_node(one, recorded.lows(settings)) for one in asked],
+            "nodes": _nodes(asked, recorded.lows(settings), serving is not None),
         }
         _show(told, verdict.why)
     if as_json:
@@ -63,12 +63,21 @@ def _server(serving: Served) -> dict[str, Any]:
     }
 
 
+def _nodes(asked: Sequence[Node], lows: Mapping[str, int], launched: bool) -> list[dict[str, Any]]:
+    """A row for each node that Ray has, and for each that it had when the server was launched."""
+    rows = [_node(one, lows) for one in asked]
+    lost = lows.keys() - {row["address"] for row in rows} if launched else ()
+    nothing = dict.fromkeys(rows[0])
+    return rows + [nothing | {"address": at, "alive": False, "lowest": lows[at]} for at in sorted(lost)]
+
+
 def _node(one: Node, lows: Mapping[str, int]) -> dict[str, Any]:
     """A node's facts; None for what could not be asked."""
     known = {name: _known(one[name]) for name in ("since", "image", "memory", "links", "vllm", "ray")}
     used = [name for name in (one.variable("NCCL_SOCKET_IFNAME") or "").split(",") if name]
     return {
         "address": one.address,
+        "alive": True,
         "hostname": one.hostname,
         "since": known["since"],
         "image": known["image"] and known["image"].split()[0],
@@ -113,7 +122,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
         down = [f"{name} {state}" for name, state in (row["links"] or {}).items() if state != "up"]
         links = ", ".join(down) or (f"{len(row['links'])} up" if row["links"] is not None else "unknown")
         image = (row["image"] or "unknown").removeprefix("sha256:")[:12]
-        about = (row["address"], row["hostname"], _ago(row["since"]), image)
+        about = (row["address"], row["hostname"] or "unknown", _ago(row["since"]) if row["alive"] else "lost", image)
         table.add_row(*about, _gib(row["available"]), _gib(row["lowest"]), links)
     return table
 

@@ -106,6 +106,8 @@ def _obstacles(root: Path, as_root: bool) -> list[str]:
         found.append(f"it takes Linux on x86-64 or aarch64, this is {platform.system()} on {platform.machine()}")
     elif (memory := _memory_gb()) < MEMORY_GB:
         found.append(f"{memory:.0f} GB of memory are available, it takes {MEMORY_GB}")
+    if foreign := place.foreign(root):
+        found.append(f"{foreign} is not a rehearsal's ({place.SETTING} names a folder that is empty, or not there yet)")
     wanted = DISK_AGAIN_GB if (root / "engines").exists() else DISK_GB
     if (disk := _disk_gb(root)) < wanted:
         found.append(f"{disk:.0f} GB are free at {root}, it takes {wanted} ({place.SETTING} names another folder)")

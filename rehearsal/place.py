@@ -11,6 +11,7 @@ from settings import resolve
 SETTING = "REHEARSAL_DIR"
 # A socket's path has at most 107 characters, and containerd puts its own 51 below this folder.
 LONGEST = 56
+OURS = ("engines", "run", "log", "base", "base.tar")
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -22,6 +23,16 @@ def folder(environ: Mapping[str, str] = os.environ) -> Path:
             "characters: it ends up in the paths of sockets and in mount options."
         )
     return path
+
+
+def foreign(root: Path) -> Path | None:
+    """Something in the folder that no rehearsal made; else None. Rehearsals remove what is theirs without asking."""
+    try:
+        return next((path for path in sorted(root.iterdir()) if path.name not in OURS), None)
+    except NotADirectoryError:
+        return root
+    except OSError:  # not there yet, or root's alone: then root asks again
+        return None
 
 
 def data(root: Path, name: str) -> Path:

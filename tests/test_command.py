@@ -157,6 +157,19 @@ def test_a_question_that_takes_too_long_is_a_sentence():
         run.output(Command((("sleep", "9"),)), seconds=0.01)
 
 
+def test_a_question_is_given_up_though_its_program_cannot_be_killed(monkeypatch):
+    """nvidia-smi may hang in the kernel, where no signal reaches it: whoever asked goes on."""
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Child, "kill", lambda child: asked.append(child))
+        with pytest.raises(Exit, match="sleep 9 did not answer within"):
+            run.output(Command((("sleep", "9"),)), seconds=0.01)
+    (child,) = asked
+    assert child.poll() is None
+    child.kill()
+    child.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, *run.ENDINGS], ids=lambda number: number.name)
 def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
     """run_whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""

@@ -44,6 +44,17 @@ def test_the_command_line_is_a_package_of_its_own_since_debian_13(bare, monkeypa
     assert (" docker-cli " in bare()) == apart and (" docker-cli " in bare("containerd.io")) is False
 
 
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    """What a rehearsal removes below its folder may be somebody's there; its own of an earlier time is not."""
+    for name in ("engines", "run", "log"):
+        (tmp_path / name).mkdir()
+    assert "is not a rehearsal's" not in str(needs.look(tmp_path)) + str(needs.look(tmp_path / "not there yet"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.jpg").touch()
+    assert "one.jpg is not a rehearsal's" in str(needs.look(tmp_path / "photos/one.jpg"))
+    assert f"{tmp_path}/photos is not a rehearsal's (REHEARSAL_DIR names " in str(needs.look(tmp_path))
+
+
 def test_nothing_is_said_where_nothing_is_missing(monkeypatch, tmp_path):
     """An empty message: the rehearsal can run."""
     monkeypatch.setattr(needs, "_packages", dict)

@@ -191,6 +191,12 @@ def test_watch_sees_a_kill_and_runs_the_hook_once(pair, terminal, tmp_path):
     assert code == 12 and "ended by itself" in line and "inv logs" in line
 
 
+def alive(pair) -> dict[str, bool]:
+    """By address, what `inv status` tells of each node."""
+    told = json.loads(inv(pair[0], "status", "--json", **FLEET).stdout)
+    return {node["address"]: node["alive"] for node in told["nodes"]}
+
+
 def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
     """Within Ray's own time; the head's container stays until `down` removes it."""
     words = ("launch", "rehearsal", "--detach", "--allow", ALLOW)
@@ -201,6 +207,7 @@ def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
     pair[1].run("docker", "kill", "node-ray")
     assert wait(lambda: health(pair)[0] == 14, 60, pause=1), health(pair)
     assert "10.0.0.1" in health(pair)[1] and "inv down" in health(pair)[1]
+    assert wait(lambda: alive(pair) == {"10.0.0.1": True, "10.0.0.2": False}, 30, pause=1), alive(pair)
     client.kill()
     client.wait(10)
     assert wait(lambda: not serving(pair[0]), 30)
