@@ -4,10 +4,11 @@ import http.server
 import json
 import socket
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from http.client import BadStatusLine, RemoteDisconnected
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import pytest
 from invoke import Exit
@@ -26,7 +27,7 @@ HEAD, WORKER = "10.0.0.1", "10.0.0.2"
 WORDS = ("vllm", "serve", "tiny", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2")
 WELL = Answer(200, "{}", 0.21)
 SILENT = Answer(None, "timed out", 3.0, silent=True, error=TimeoutError("timed out"))
-REFUSED = Answer(None, "refused", 0.0, error=URLError(ConnectionRefusedError(111, "Connection refused")))
+REFUSED = Answer(None, "refused", 0.0, error=ConnectionRefusedError(111, "Connection refused"))
 DEAD = Answer(500, "EngineCore encountered an issue", 0.1)
 
 
@@ -246,7 +247,7 @@ def test_the_first_trouble_is_the_verdict():
 def test_what_is_no_refused_connection_is_no_load():
     """A question that could not be put, or no HTTP in the answer: unknown, and never hung however long it is idle."""
     no_letters = UnicodeEncodeError("latin-1", "ключ", 0, 4, "ordinal not in range(256)")
-    for error in (no_letters, RemoteDisconnected("closed"), BadStatusLine("TLS"), URLError(OSError(113, "No route"))):
+    for error in (no_letters, RemoteDisconnected("closed"), BadStatusLine("TLS"), OSError(113, "No route")):
         answer = Answer(None, str(error), 0.0, error=error)
         assert {verdict(seen(answer, saw(quiet=quiet))).state for quiet in (0, STALL)} == {State.UNKNOWN}, error
 
@@ -368,6 +369,38 @@ def test_nobody_there_is_told_from_an_answer_that_broke_off(server):
     refused = api.generate(url, None)
     assert (broke.status, broke.refused, broke.silent) == (None, False, False) and broke.text
     assert (refused.status, refused.refused, refused.silent) == (None, True, False)
+
+
+def test_the_key_is_in_no_answers_text(server):
+    """A server that repeats what it was asked, as a proxy's error page does, puts it on no screen and in no hook."""
+    for path in ("/v1/completions", "/v1/models"):
+        for status in (200, 400, 500):
+            server.plays[path] = (status, b"you sent Bearer sk-secret")
+            assert "sk-secret" not in api.generate(server.url, "sk-secret").text
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "], ids=["body", "headers"])
+def test_an_answer_that_dribbles_is_none(sent):
+    """The time is for all of it: a byte now and then is no answer."""
+    with socket.create_server(("127.0.0.1", 0)) as there:
+
+        def dribble() -> None:
+            client, _ = there.accept()
+            with client, suppress(OSError):
+                for byte in sent + b"x" * 1000:
+                    client.send(bytes([byte]))
+                    time.sleep(0.002 if byte == ord("x") else 0)
+
+        threading.Thread(target=dribble, daemon=True).start()
+        found = api.ask(f"http://127.0.0.1:{there.getsockname()[1]}/health", seconds=0.05)
+    assert (found.status, found.silent, found.connected) == (None, True, True) and found.seconds < 1
+
+
+def test_an_answer_that_breaks_off_is_none(server):
+    """Half of what was promised is not an answer, even after a 200."""
+    server.plays["/v1/completions"] = (200, b"{", ("Content-Length", "999"))
+    found = api.generate(server.url, None)
+    assert (found.status, found.silent) == (None, False) and "IncompleteRead" in found.text
 
 
 def test_a_token_takes_its_time_in_all(monkeypatch):

@@ -10,7 +10,6 @@ import socket
 import ssl
 import threading
 import time
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -342,6 +341,7 @@ def test_a_closed_port_fails():
         (socket.gaierror(-2, "Name or service not known"), "away"),
         (OSError(errno.EMFILE, "Too many open files"), "away"),
         (ssl.SSLCertVerificationError("certificate has expired"), "odd"),
+        (ssl.SSLError(errno.EPERM, "tlsv1 alert internal error"), "failed"),
     ],
     ids=repr,
 )
@@ -349,9 +349,9 @@ def test_why_no_connection_came_about(error, kind, monkeypatch):
     """A server that cannot be reached fails; a network, a name or a certificate that we lack is not the server's."""
 
     def lost(*_, **__):
-        raise urllib.error.URLError(error)
+        raise error
 
-    monkeypatch.setattr(api._OPENER, "open", lost)
+    monkeypatch.setattr(api.http.client.HTTPConnection, "connect", lost)
     assert watch.look("http://head:8000", None).kind == kind
 
 

@@ -3,25 +3,19 @@
 import http.client
 import json
 import re
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 # Counters and gauges that move while work is done; the KV cache's has an older name (vLLM before 0.11).
 _MOVING = ("prompt_tokens_total", "generation_tokens_total", "kv_cache_usage_perc", "gpu_cache_usage_perc")
 _SAMPLE = re.compile(r"^vllm:(\w+)(?:{.*})? (\S+)$", re.MULTILINE)
-
-
-# No proxy: the cluster is in our own network.
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows nobody to another host: the key would go along."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
+# What is read of an answer, in bytes, and of one that says why not.
+_MOST, _WHY = 2**24, 2000
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class Answer:
     """What came back: an HTTP status, or None and why there is none; `seconds` is how long it took.
 
     `silent` tells an answer that did not come in time from a connection that was refused or lost; `error` is what was
-    raised then, a URLError if no connection came about.
+    raised then, and `connected` whether a connection had come about.
     """
 
     status: int | None
@@ -37,6 +31,7 @@ class Answer:
     seconds: float
     silent: bool = False
     error: Exception | None = field(default=None, compare=False)
+    connected: bool = True
 
     @property
     def well(self) -> bool:
@@ -46,7 +41,7 @@ class Answer:
     @property
     def refused(self) -> bool:
         """Whether nobody listens there."""
-        return isinstance(getattr(self.error, "reason", self.error), ConnectionRefusedError)
+        return isinstance(self.error, ConnectionRefusedError)
 
     @property
     def key_wrong(self) -> bool:
@@ -64,32 +59,46 @@ class Metrics:
 
 
 def ask(url: str, key: str | None = None, body: dict | None = None, seconds: float = 3) -> Answer:
-    """GET url, or POST body to it as JSON, with the API's key; waits at most so many seconds for each part of it."""
+    """GET url, or POST body to it as JSON, with the API's key; what came back in at most so many seconds.
+
+    By no proxy, for the cluster is in our own network, and after no redirect, for the key would go along.
+    """
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
     start = time.monotonic()
-    try:
-        with _OPENER.open(request, timeout=seconds) as answer:
-            return Answer(answer.status, answer.read().decode(errors="replace"), time.monotonic() - start)
-    except urllib.error.HTTPError as error:
-        with error:
-            return Answer(error.code, _said(error), time.monotonic() - start)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        text, silent = str(cause) or type(cause).__name__, isinstance(cause, TimeoutError)
-        return Answer(None, text, time.monotonic() - start, silent, error)
+    connected = False
+    with closing(kind(parts.hostname, parts.port, timeout=seconds)) as connection:
+        try:
+            connection.connect()
+            connected = True
+            with _cut_after(start + seconds - time.monotonic(), connection):
+                connection.request("POST" if body else "GET", parts.path, json.dumps(body) if body else None, headers)
+                answer = connection.getresponse()
+                return Answer(answer.status, _read(answer), time.monotonic() - start)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            text, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
+            return Answer(None, text, time.monotonic() - start, silent, error, connected)
 
 
 def generate(url: str, key: str | None, seconds: float = 3) -> Answer:
-    """Generate one token with the model that the server names, in at most so many seconds; what came back at last."""
+    """Generate one token with the model that the server names, in at most so many seconds; what came back at last.
+
+    A server may repeat what it was asked: the key is not in the answer's text.
+    """
+    answer = _generated(url, key, seconds)
+    return replace(answer, text=answer.text.replace(key, "(the key)")) if key else answer
+
+
+def _generated(url: str, key: str | None, seconds: float) -> Answer:
     start = time.monotonic()
     named = ask(f"{url}/v1/models", key, seconds=seconds)
     if not named.well:
         return named
     try:
         model = json.loads(named.text)["data"][0]["id"]
-    except (ValueError, LookupError, TypeError):
-        return Answer(502, f"/v1/models named none: {named.text[:100]}", named.seconds)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return Answer(502, f"/v1/models named none: {named.text[:_WHY]}", named.seconds)
     body = {"model": model, "prompt": "1", "max_tokens": 1}
     answer = ask(f"{url}/v1/completions", key, body, max(0.1, start + seconds - time.monotonic()))
     return replace(answer, seconds=time.monotonic() - start)
@@ -111,8 +120,32 @@ def metrics(url: str, seconds: float = 2) -> Metrics | None:
     return Metrics(running, waiting, frozenset(sample for sample in samples if sample[0] in _MOVING))
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _read(answer: http.client.HTTPResponse) -> str:
+    """Its text, of a failure the beginning; raises IncompleteRead where it broke off, or goes on for too long."""
+    text = answer.read(_MOST if answer.status == 200 else _WHY)
+    if answer.status == 200 and answer.length:
+        raise http.client.IncompleteRead(text, answer.length)
+    return text.decode(errors="replace")
+
+
+@contextmanager
+def _cut_after(seconds: float, connection: http.client.HTTPConnection) -> Iterator[None]:
+    """End the connection after so many seconds with a TimeoutError; its own timeout is for each part of an answer."""
+    late, there = threading.Event(), connection.sock  # it lets go of its socket before all has been read
+
+    def cut() -> None:
+        late.set()
+        with suppress(OSError):  # it has just been closed
+            socket.socket.shutdown(there, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.start()
     try:
-        return error.read(2000).decode(errors="replace")
+        yield
     except (OSError, http.client.HTTPException):
-        return str(error.reason)
+        if not late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError("timed out")

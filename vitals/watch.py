@@ -8,7 +8,6 @@ import signal
 import socket
 import ssl
 import time
-import urllib.error
 
 from invoke import Exit
 
@@ -83,17 +82,19 @@ def turn(outage: Outage, acts: Hook, url: str, seen: Look) -> None:
 
 
 def _unanswered(url: str, answer: Answer, seconds: float) -> Look:
-    connected = not isinstance(answer.error, urllib.error.URLError)
-    cause = answer.error if connected else answer.error.reason
     reason = _clean(answer.text)
-    # A certificate is refused by us; the server is there.
-    if isinstance(cause, ssl.SSLCertVerificationError):
+    # A certificate is refused by us; the server is there. And TLS has numbers of its own for what went wrong.
+    if isinstance(answer.error, ssl.SSLCertVerificationError):
         return Look("odd", reason)
-    if isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in _OWN:
+    if isinstance(answer.error, socket.gaierror) or _is_own(answer.error):
         return Look("away", reason)
-    if answer.silent and connected:
+    if answer.silent and answer.connected:
         return Look("silent", moving=_moving(url, seconds))
-    return Look("failed", reason if connected else f"no connection: {reason}")
+    return Look("failed", reason if answer.connected else f"no connection: {reason}")
+
+
+def _is_own(error: Exception) -> bool:
+    return not isinstance(error, ssl.SSLError) and getattr(error, "errno", None) in _OWN
 
 
 def _moving(url: str, seconds: float) -> frozenset[tuple[str, str]] | None:
