@@ -11,12 +11,13 @@ from cluster import logs as kept
 from cluster import plan as planned
 from cluster import token as tokens
 from command import run
-from command.command import Command, say, show
+from command.command import Command, say, show, tell
 from host import links
 from settings import models, resolve, version
 from settings.resolve import Settings
 
-verb = partial(task, auto_shortflags=False)
+# No flag can be left out of its place: Invoke would take what follows, even --help, for its value.
+verb = partial(task, auto_shortflags=False, positional=[])
 
 MODEL = "the model, by the name of its profile: " + ", ".join(models.known())
 START = "a model whose variables are forwarded and whose image is used"
@@ -62,7 +63,7 @@ def worker(
 @verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
 def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
-    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
         return show(*server.commands(settings, detach))
     from checks import inspection, report
@@ -90,7 +91,7 @@ def up(
     """Bring all nodes up from the head, serve a model."""
     from fleet import up as fleet
 
-    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
     net = _network(settings)
     if c.config.run.dry:
         return show(*fleet.commands(settings, net))
@@ -105,6 +106,8 @@ def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
     from fleet import down as fleet
 
     settings = _settings(None)
+    if head_ip is not None and not here:
+        raise Exit("--head-ip goes with --here: inv down takes down the nodes of the head that it is typed on.")
     if c.config.run.dry:
         return show(*([leftovers.removal()] if here else fleet.commands(settings)))
     if here:
@@ -158,7 +161,7 @@ def check(
     fabric: bool = False,
 ) -> None:
     """Find what would go wrong, without loading anything."""
-    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
         return
     from checks import inspection, report
@@ -171,19 +174,20 @@ def check(
         guards.nothing_serves(head)
         found = inspection.proved(found, head)
     if json:
-        print(report.as_json(found))
+        tell(report.as_json(found))
     report.tell(found, allowed)
 
 
 @verb(help={"csv": "a file to write the same to"})
 def memory(c: Context, csv: str | None = None) -> None:
     """Print every node's available memory until Ctrl-C."""
-    settings = _settings(None)
-    if c.config.run.dry:
-        return
     from vitals import memory as seen
 
-    seen.watch(guards.the_head(settings), settings, csv)
+    settings = _settings(None)
+    if c.config.run.dry:
+        return show(*seen.commands())
+    guards.the_head(settings)
+    seen.watch(settings, csv)
 
 
 @verb()
@@ -222,7 +226,7 @@ def cleanup(c: Context, yes: bool = False) -> None:
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
 def plan(c: Context, model: str, max_len: str | None = None) -> None:
     """Print what every node would run, touching nothing."""
-    settings = _settings(model, MAX_MODEL_LEN=max_len)
+    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
     from checks import inspection, report
 
     report.foretell(inspection.foresee(settings))
@@ -264,6 +268,12 @@ def _no_dry(c: Context, name: str) -> None:
         raise Exit(f"inv {name} has no dry run: what it would do depends on what it finds on the way.")
 
 
+def _given(model: str | None) -> str:
+    if model is None:
+        raise Exit(f"--model is missing; it takes one of {', '.join(models.known())}.")
+    return model
+
+
 def _settings(model: str | None, **flags: str | None) -> Settings:
     settings = resolve.load(models.find(model) if model is not None else None, flags)
     say(*settings.notes, *settings.overridden())
@@ -295,7 +305,7 @@ def _bring_up(c: Context, commands: list[Command], guard: Callable[[], None]) ->
     say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
     if not container.log:
         run.become(container)
-    print(detached.start(container))
+    tell(detached.start(container))
 
 
 def _launcher(model: models.Model) -> Task:

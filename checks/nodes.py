@@ -48,7 +48,7 @@ class Node:
 
 def ask(head: Container, names: tuple[str, ...] = ()) -> list[Node]:
     """Every alive node, the head first, with the variables called names; raises Exit if Ray could not be asked."""
-    words = ("timeout", "30", "python3", "-c", _PROBE.read_text(), secrets.token_hex(16), *names)
+    words = ("timeout", "--kill-after=2", "30", "python3", "-c", _PROBE.read_text(), secrets.token_hex(16), *names)
     answer = engine.ask(head, "/bin/bash", "-c", IN_SHELL, "bash", *words)
     try:
         found = [Node(**told) for told in json.loads(answer.splitlines()[-1])]

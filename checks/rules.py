@@ -31,12 +31,14 @@ def enough(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 def hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """Every node is a machine of its own."""
     yield from unknown("hosts", nodes, "host")
-    for node in nodes[1:]:
-        if not isinstance(node["host"], Unknown) and node["host"] == nodes[0]["host"]:
+    told = telling(nodes, "host")
+    for number, node in enumerate(told):
+        if twin := next((other for other in told[:number] if other["host"] == node["host"]), None):
+            whose = "the head's own machine" if twin is nodes[0] else f"the machine of {twin.address}"
             yield Finding(
                 "hosts",
-                f"The worker {node.address} was started on the head's own machine ({nodes[0].hostname}): both ranks "
-                "would share one Spark. Ctrl-C it, then on the other Spark: inv worker",
+                f"The worker {node.address} was started on {whose} ({twin.hostname}): both ranks would share one "
+                "Spark. Ctrl-C it, then on the other Spark: inv worker",
             )
 
 
@@ -81,7 +83,7 @@ def image(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """The same image, or at least one built from the same base."""
     yield from unknown("image", nodes, "image")
     for node, here, there in unlike(nodes, "image"):
-        (my_id, my_base), (their_id, their_base) = here.split(" ", 1), there.split(" ", 1)
+        (my_id, _, my_base), (their_id, _, their_base) = here.partition(" "), there.partition(" ")
         if my_id != their_id:
             known = my_base == their_base and my_base
             yield Finding(

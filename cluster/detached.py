@@ -5,12 +5,13 @@ from contextlib import suppress
 
 from invoke import Exit
 
+from cluster import leftovers
 from cluster.node import CONTAINER
 from command import run
 from command.command import Command, say
 from host import engine
 
-START_S = 90
+START_S, END_S = 90, 20
 _STARTED = "Ray runtime started"
 
 
@@ -36,12 +37,24 @@ def start(container: Command) -> str:
         _until_ray_runs(process, container, begun)
         found = engine.node()
     except BaseException:
-        process.terminate()  # it passes that on, and the container goes
-        with suppress(run.TooLate):
-            process.wait(20)
+        _end(process)
         raise
     say(f"Ray runs in {CONTAINER}. Its log: inv logs --node; to end it: inv down --here")
     return found.id if found else ""
+
+
+def _end(process: run.Child) -> None:
+    """End the start and its container: it passes SIGTERM on, unless it hangs, or has made and not yet started it."""
+    process.terminate()
+    with suppress(run.TooLate):
+        process.wait(END_S)
+    try:
+        left = engine.node()
+        if left and (process.poll() is None or left.status == "created"):
+            process.kill()
+            run.run_whole(leftovers.removal())
+    except Exit as error:  # beside why it is ended
+        say(str(error.message))
 
 
 def _until_ray_runs(process: run.Child, container: Command, begun: int) -> None:

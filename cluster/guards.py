@@ -116,9 +116,16 @@ def the_head(settings: Settings) -> Container:
 
 def is_head(found: Container) -> None:
     """Refuse on a worker, with where to go."""
-    env = engine.environment(found)
-    if env.get("VLLM_HOST_IP") != env.get("MASTER_ADDR"):
-        raise Exit(f"This node is a worker ({env.get('VLLM_HOST_IP')}). Type it on the head, {env.get('MASTER_ADDR')}.")
+    own, head = engine.environment(found).get("VLLM_HOST_IP"), head_of(found)
+    if own != head:
+        raise Exit(f"This node is a worker ({own}). Type it on the head, {head}.")
+
+
+def head_of(found: Container) -> str:
+    """The address of the head that this container was started for; raises Exit for a container of somebody else's."""
+    if not (head := engine.environment(found).get("MASTER_ADDR")):
+        raise Exit(f"The {CONTAINER} here was started by neither inv head nor inv worker. To look at it: inv cleanup")
+    return head
 
 
 def _forwarded(settings: Settings, head: Container) -> None:

@@ -1,6 +1,7 @@
 """The logs that this node keeps: its server's, and its own where it was started detached."""
 
 import os
+import shlex
 from typing import NoReturn
 
 from invoke import Exit
@@ -22,6 +23,13 @@ def shown(settings: Settings, of_node: bool, follow: bool) -> Command:
 def become(command: Command) -> NoReturn:
     """Become that command; raises Exit where there is no such log."""
     file = command.words[-1]
-    if not os.path.exists(file):
-        raise Exit(f"There is no {file} here: a server's is on the head, a node's where it was started with --detach.")
+    try:
+        os.stat(file)
+    except FileNotFoundError:
+        where = "a server's is on the head, a node's where it was started with --detach"
+        raise Exit(f"There is no {file} here: {where}.") from None
+    except OSError as error:
+        raise Exit(
+            f"{file} cannot be read: {error.strerror}. Type: ls -ld {shlex.quote(os.path.dirname(file))}"
+        ) from None
     run.become(command)

@@ -12,11 +12,18 @@ from settings.resolve import Settings
 
 def commands(settings: Settings) -> list[Command]:
     """The command lines of a whole bring-up, one worker for each address in WORKER_IP."""
+    workers = dict.fromkeys(settings["WORKER_IP"].split(","))
+    have, want = len(workers.keys() - {settings["HEAD_NODE_IP"]}), settings.world_size() - 1
+    if have < want:
+        say(
+            f"Warning: {settings.model.name} needs {want} workers beside the head, and WORKER_IP "
+            f"({settings.origin('WORKER_IP')}) names {have}: as it stands, launch would refuse."
+        )
     found = links.read(settings["SYSFS"])
     if not any(link.up for link in found):
         found = _documented()
     planned = node.head(settings, node.network(settings, found, settings["HEAD_NODE_IP"]))
-    for address in settings["WORKER_IP"].split(","):
+    for address in workers:
         planned += node.worker(settings, node.network(settings, found, address))
     return [*planned, *server.commands(settings)]
 

@@ -26,7 +26,7 @@ RECORDER = "/run/recorder"
 # As long as the server lives its log is cut at 64 MiB, and what was in it kept as serve.log.1.
 START = (
     f"exec 9>{PID}.lock; flock -n 9 || {{ echo a server runs here already >&2; exit 1; }}; "
-    f"rm -f {node.LOGS}/vitals.json; test -e {LOG} && mv {LOG} {LOG}.1; "
+    f"rm -f {node.LOGS}/vitals.json {node.LOGS}/memory-low.json; test -e {LOG} && mv {LOG} {LOG}.1; "
     f'setsid "$@" </dev/null >>{LOG} 2>&1 & p=$!; echo $p >{PID}; '
     f'printf "%s\\n" "$@" >{WORDS}; exec 9>&-; until timeout 60 tail -f --pid=$p /dev/null; do '
     f"test $(stat -c %s {LOG}) -lt {run.LOG_BYTES} || {{ cp {LOG} {LOG}.1; : >{LOG}; }}; "

@@ -24,18 +24,22 @@ def file(settings: Settings) -> Path | None:
 def make(settings: Settings) -> None:
     """Make a random token for its owner alone, and say how the other nodes get it; raises Exit if there is one."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
+    quoted = shlex.quote(str(path))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
             made.write(secrets.token_hex(32))
-    except FileExistsError:
-        raise Exit(f"{path} is there already. To make another, remove it on every node first: rm {path}") from None
     except OSError as error:
-        raise Exit(f"{path} cannot be written: {error.strerror}.") from None
-    quoted = shlex.quote(str(path))
+        if path.is_file():
+            raise Exit(
+                f"{path} is there already. To make another, remove it on every node first: rm {quoted}"
+            ) from None
+        folder = shlex.quote(str(path.parent))
+        raise Exit(f"{path} cannot be written: {error.strerror}. Type: ls -ld {folder}") from None
     say(f"The token is in {path}. Copy it to every other node, then bring all of them up again:")
-    for address in settings["WORKER_IP"].split(","):
-        say(f"  ssh {address} mkdir -p -m 700 {shlex.quote(str(path.parent))} && scp -p {quoted} {address}:{quoted}")
+    there = f"umask 077; mkdir -p {shlex.quote(str(path.parent))} && cat >{quoted}"
+    for host in settings.workers():
+        say(f"  ssh {host} {shlex.quote(there)} <{quoted}")
 
 
 def too_old(ray: str) -> bool:

@@ -62,12 +62,20 @@ def say(*lines: str) -> None:
 
 
 def show(*commands: Command) -> None:
-    """Print the commands to standard output, and nothing else; a reader that has seen enough (`| head`) ends it."""
+    """Print the commands to standard output, and nothing else."""
+    tell("\n\n".join(command.text for command in commands))
+
+
+def tell(text: str) -> None:
+    """Print what was asked for to standard output; a reader that has seen enough (`| head`) ends it.
+
+    Raises Exit if it cannot be written.
+    """
     if sys.stdout is None:
-        raise Exit("Standard output is closed: there is nowhere to print the command lines.")
+        raise Exit("Standard output is closed: there is nowhere to print to.")
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        print("\n\n".join(command.text for command in commands), flush=True)
+        print(text, flush=True)
     except OSError as error:
         raise Exit(f"Standard output cannot be written: {error.strerror}.") from None
     finally:

@@ -20,6 +20,8 @@ Child = subprocess.Popen
 TooLate = subprocess.TimeoutExpired
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 LOG_BYTES = 64 * 2**20
+# A server that does not end by itself is killed after 31 s.
+WHOLE_S = 120
 
 
 def run(command: Command) -> None:
@@ -29,11 +31,11 @@ def run(command: Command) -> None:
 
 
 def run_whole(command: Command) -> None:
-    """Like `run`, for a short command that must not be cut in two: a signal counts when it has ended."""
+    """Like `run`, for a short command that must not be cut in two: a signal counts when it has ended, or WHOLE_S."""
     say(command.text)
     with held():
         # In a process group of its own the terminal's Ctrl-C does not reach it.
-        _finish(command, _start(command, stdout=sys.stderr.fileno(), process_group=0))
+        _finish(command, _start(command, stdout=sys.stderr.fileno(), process_group=0), WHOLE_S)
 
 
 @contextmanager
@@ -204,8 +206,12 @@ def _not_started(command: Command, error: OSError) -> str:
     return f"{command.words[0]} cannot be started: {error.strerror}."
 
 
-def _finish(command: Command, child: Child) -> None:
-    status = child.wait()
+def _finish(command: Command, child: Child, seconds: float | None = None) -> None:
+    try:
+        status = child.wait(seconds)
+    except TooLate:
+        child.kill()
+        raise Exit(f"{shlex.join(command.words[:3])} did not end within {seconds:.0f} s.") from None
     if status < 0:
         raise Exit(f"{shlex.join(command.words[:3])} was ended by {signal.Signals(-status).name}.", code=128 - status)
     if status:
@@ -220,6 +226,13 @@ def _killed_after(seconds: float, command: Command, env: dict[str, str]) -> int:
         raise Exit(_not_started(command, error)) from None
     try:
         return child.wait(seconds)
-    except subprocess.TimeoutExpired:
+    except TooLate:
+        return _killed(child)
+
+
+def _killed(child: Child) -> int:
+    try:
         os.killpg(child.pid, signal.SIGKILL)
-        return child.wait()
+        return child.wait(5)
+    except (OSError, TooLate) as error:  # another user's, by sudo, or stuck in the kernel
+        raise Exit(f"process {child.pid} takes too long, and could not be killed: {error}") from None

@@ -19,7 +19,8 @@ THERE_S = 60
 
 def commands(settings: Settings) -> list[Command]:
     """All that `down` runs on the head, in order."""
-    there = [remote.down(settings, host).command for host in remote.hosts(settings)]
+    head_ip = settings["HEAD_NODE_IP"]
+    there = [remote.down(settings, host, head_ip).command for host in settings.workers()]
     return [server.stop(), *there, leftovers.removal()]
 
 
@@ -35,7 +36,9 @@ def down(settings: Settings) -> None:
         )
     if found is not None and found.status == "running":
         stopped()
-    if failed := everywhere(settings, remote.hosts(settings), head=True):
+    # As it was when the nodes were brought up: HEAD_NODE_IP may have been another in that shell.
+    head_ip = engine.environment(found)["MASTER_ADDR"] if found else settings["HEAD_NODE_IP"]
+    if failed := everywhere(settings, settings.workers(), head_ip, head=True):
         raise Exit(
             "\n".join(failed)
             + "\nThese nodes may still be up, the others are down. A head that has no worker says so in "
@@ -57,17 +60,17 @@ def here(head_ip: str | None = None) -> None:
     found = engine.node()
     if found is None:
         return say(f"No {CONTAINER} is here: nothing was removed.")
-    head = engine.environment(found).get("MASTER_ADDR")
+    head = guards.head_of(found)
     if head_ip is not None and head != head_ip:
         return say(f"{CONTAINER} is here for another head, {head}: it was left alone.")
     run.run_whole(leftovers.removal())
     say(f"{CONTAINER} was removed ({found.status}, {engine.age(found)} old).")
 
 
-def everywhere(settings: Settings, workers: Sequence[str], head: bool) -> list[str]:
-    """Take workers down over ssh and, if asked, this head, all at once; why, for each worker that could not be."""
+def everywhere(settings: Settings, workers: Sequence[str], head_ip: str, head: bool) -> list[str]:
+    """Take workers of this head down over ssh and, if asked, itself, all at once; why, for each that could not be."""
     with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        asked = [pool.submit(remote.run_there, remote.down(settings, host), THERE_S) for host in workers]
+        asked = [pool.submit(remote.run_there, remote.down(settings, host, head_ip), THERE_S) for host in workers]
         own = _here() if head else []
     return [*failures(asked), *own]
 

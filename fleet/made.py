@@ -88,7 +88,7 @@ def _undo(settings: Settings, made: Made) -> None:
     say("What this run has started is taken down again.")
     if made.server and not made.head:  # with the head's container it goes at once
         down.stopped()
-    say(*down.everywhere(settings, sorted(made.workers), made.head))
+    say(*down.everywhere(settings, sorted(made.workers), settings["HEAD_NODE_IP"], made.head))
 
 
 def hear_nothing() -> None:

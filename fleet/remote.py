@@ -26,15 +26,9 @@ class Remote:
     command: Command
 
 
-def hosts(settings: Settings) -> list[str]:
-    """Every worker as ssh knows it: WORKER_HOSTS, or else the addresses in WORKER_IP."""
-    named = settings.get("WORKER_HOSTS", settings["WORKER_IP"]).split(",")
-    return [host for host in dict.fromkeys(named) if host]
-
-
 def needed(settings: Settings) -> list[str]:
     """The workers that the model needs beside the head; raises Exit if there are fewer."""
-    have, want = hosts(settings), settings.world_size() - 1
+    have, want = settings.workers(), settings.world_size() - 1
     if len(have) < want:
         named = "WORKER_HOSTS" if "WORKER_HOSTS" in settings else "WORKER_IP"
         raise Exit(
@@ -51,9 +45,9 @@ def worker(settings: Settings, host: str) -> Remote:
     return _task(settings, host, "remote_worker.j2", model=model, **asked)
 
 
-def down(settings: Settings, host: str) -> Remote:
+def down(settings: Settings, host: str, head_ip: str) -> Remote:
     """Remove the worker's container there, if it was started for this head."""
-    return _task(settings, host, "remote_down.j2", **settings.public())
+    return _task(settings, host, "remote_down.j2", head_ip=head_ip)
 
 
 def run_there(remote: Remote, seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from checks import nodes
 from checks.nodes import Node, Unknown
 from cluster import node
-from command.command import say
+from command.command import say, tell
 from host import engine
 from settings.resolve import Settings
 from vitals import health, recorded, served
@@ -41,7 +41,7 @@ def report(settings: Settings, as_json: bool) -> None:
         }
         _show(told, verdict.why)
     if as_json:
-        print(json.dumps(told, indent=1))
+        tell(json.dumps(told, indent=1))
 
 
 def _alone(told: Mapping[str, Any], age: str | None) -> str:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # Ray knows a node a moment after the node says that it runs.
 JOIN_S = 30
-# The recorder of a server that has just been started has to meet every node first.
-RECORDER_S = 60
 _ID = re.compile("[0-9a-f]{64}")
 
 
@@ -51,6 +49,8 @@ def up(settings: Settings, net: Network, allowed: Sequence[str], keep: bool, fab
         _nodes(settings, net, hosts, made)
         head = guards.the_head(settings)
         if (running := served.ask(head)) and running.alive:
+            if fabric:
+                raise Exit("A server has the GPUs, so --fabric cannot be proved. Type: inv stop; or leave --fabric out")
             settings, addresses, since = _as_it_runs(settings, head, running), _seen(settings), running.since
         else:
             found = _checked(settings, head, allowed, fabric)
@@ -130,7 +130,7 @@ def _as_it_runs(settings: Settings, head: Container, running: Served) -> Setting
         )
     say("The server runs already, with this line: it is left alone.")
     seen = recorded.read(settings)
-    if (seen is None or not seen.fresh) and time.time() - running.since > RECORDER_S:
+    if (seen is None or not seen.fresh) and time.time() - running.since > load.RECORDER_S:
         say("The recorder beside it has stopped: it is started again.")
         run.run_whole(server.recorder_there())
         run.run_whole(server.recorder(settings))

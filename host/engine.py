@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING
@@ -36,20 +37,33 @@ def client() -> DockerClient:
     return _reached(context.Host, lambda: docker.DockerClient(context.Host, tls=context.TLSConfig or False, timeout=30))
 
 
+@contextmanager
+def _asked(what: str) -> Iterator[None]:
+    """Raise Exit, with what to type, where the Engine does not answer as it should."""
+    from docker.errors import DockerException
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except (DockerException, RequestException) as error:
+        raise Exit(f"Docker could not {what}: {error}. Type: docker ps") from None
+
+
 def _reached(host: str, connect: Callable[[], DockerClient]) -> DockerClient:
     from docker.errors import DockerException
 
     try:
         found = connect()
         found.ping()
-    except DockerException as error:
+    except (DockerException, ValueError) as error:  # such as a port that is none
         raise Exit(f"Docker cannot be reached at {host}: {_cause(error)}. {_remedy(str(error))}") from None
     return found
 
 
 def ours() -> list[Container]:
     """Every container of this project or the article, running or not."""
-    found = client().containers.list(all=True, ignore_removed=True)
+    with _asked("list its containers"):
+        found = client().containers.list(all=True, ignore_removed=True)
     return [container for container in found if _OURS.fullmatch(container.name)]
 
 
@@ -62,16 +76,18 @@ def has_image(name: str) -> bool:
     """Whether this Engine has the image called name."""
     from docker.errors import ImageNotFound
 
-    try:
-        client().images.get(name)
-    except ImageNotFound:
-        return False
+    with _asked(f"say whether it has {name}"):
+        try:
+            client().images.get(name)
+        except ImageNotFound:
+            return False
     return True
 
 
 def labels(name: str) -> dict[str, str]:
     """The labels of the image called name."""
-    return client().images.get(name).labels
+    with _asked(f"tell the labels of {name}"):
+        return client().images.get(name).labels
 
 
 def environment(container: Container) -> dict[str, str]:
@@ -106,13 +122,8 @@ def succeeds(container: Container, *words: str) -> bool:
 
 
 def _exec(container: Container, words: Sequence[str]) -> tuple[int, tuple[bytes | None, bytes | None]]:
-    from docker.errors import DockerException
-    from requests.exceptions import RequestException
-
-    try:
+    with _asked(f"ask {container.name}"):
         return container.exec_run(list(words), demux=True)
-    except (DockerException, RequestException) as error:
-        raise Exit(f"Docker could not ask {container.name}: {error}. Type: docker ps") from None
 
 
 def _cause(error: Exception) -> str:

@@ -101,7 +101,8 @@ def gauges():
         for node in ray.nodes()
         if node["Alive"]
     }
-    gauge = ray.remote(num_cpus=0)(Gauge)
+    # One that dies, as when memory runs out, comes back: a node without one is neither guarded nor seen to move.
+    gauge = ray.remote(num_cpus=0, max_restarts=-1)(Gauge)
     return {address: gauge.options(scheduling_strategy=place).remote() for address, place in pinned.items()}
 
 

@@ -35,7 +35,7 @@ def read(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise Exit(f"{label(file)} cannot be read: {error}") from None
     for binding in bindings:
-        if binding.error or (binding.key and binding.value is None):
+        if binding.error or (binding.key and (binding.value is None or not binding.key.isprintable())):
             raise Exit(f"{label(file)}, line {binding.original.line}: expected NAME=value.")
     return {binding.key: binding.value or "" for binding in bindings if binding.key}
 

@@ -88,6 +88,11 @@ class Settings(Mapping[str, str]):
         found = self._found | {name: Setting("", "", origin, own=True) for name in names}
         return Settings(found, self.model, list(self.forward), list(self.notes))
 
+    def workers(self) -> list[str]:
+        """Every worker as ssh knows it: WORKER_HOSTS, or else the addresses in WORKER_IP."""
+        named = self.get("WORKER_HOSTS", self["WORKER_IP"]).split(",")
+        return [host for host in dict.fromkeys(named) if host]
+
     def world_size(self) -> int:
         """How many GPUs, and so how many Sparks, the model needs: TP_SIZE times PP_SIZE."""
         return int(self.get("TP_SIZE", "1")) * int(self.get("PP_SIZE", "1"))
@@ -148,7 +153,8 @@ def _read(name: str, source: Source, form: Form) -> Setting:
     except ValueError:
         hidden = name in UNSAID
         got = "not shown here, it may hold a secret" if hidden else repr(text)
-        raise Exit(f"{name} ({source.origin}) is {got}; it takes {form.takes}.") from None
+        takes = form.takes if text.isprintable() else f"{form.takes}; none with control characters"
+        raise Exit(f"{name} ({source.origin}) is {got}; it takes {takes}.") from None
 
 
 def _check_utilization(found: dict[str, Setting]) -> None:

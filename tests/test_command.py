@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,7 @@ from invoke import Exit
 from jinja2 import UndefinedError
 
 from command import run, template
-from command.command import Command
+from command.command import Command, tell
 
 
 @pytest.fixture
@@ -168,6 +168,25 @@ def test_a_question_is_given_up_though_its_program_cannot_be_killed(monkeypatch)
     assert child.poll() is None
     child.kill()
     child.wait()
+
+
+def test_a_command_that_must_not_be_cut_has_its_time(monkeypatch, capfd):
+    """No signal ends it, so that something else must."""
+    monkeypatch.setattr(run, "WHOLE_S", 0.01)
+    with pytest.raises(Exit, match="sleep 9 did not end within 0 s"):
+        run.run_whole(Command((("sleep", "9"),)))
+
+
+@pytest.mark.parametrize("stdout", [None, "/dev/full"], ids=["closed", "full"])
+def test_what_was_asked_for_and_cannot_be_written_is_a_sentence(stdout, monkeypatch):
+    """Neither a traceback nor silence."""
+    with open(stdout, "w") if stdout else nullcontext() as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(Exit, match=r"Standard output (is closed|cannot be written)"):
+            tell("{}")
+        monkeypatch.undo()
+        with suppress(OSError):
+            file and file.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *run.ENDINGS], ids=lambda number: number.name)

@@ -22,6 +22,7 @@ TASKS = [
     "launch --model nemotron --detach",
     "logs",
     "logs --node --follow",
+    "memory",
     "up --model nemotron",
     "down",
     "down --here",
@@ -75,6 +76,36 @@ def test_a_laptop_without_links_plans_with_the_documented_ones(inv, tmp_path):
     documented = dict(re.findall("^# (RDMA_HCAS|DATA_IFS)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
     assert said.out == inv("plan --model nemotron", **documented).out
     assert "the links are those that .env.example names" in said.err
+
+
+@pytest.mark.parametrize(
+    "shell", [{"TP_SIZE": "4"}, {"WORKER_IP": "10.0.0.1"}, {"WORKER_IP": "10.0.0.2,10.0.0.2", "TP_SIZE": "3"}]
+)
+def test_a_plan_that_would_be_refused_says_so(shell, inv):
+    """It is printed all the same: too few workers are what a plan may be asked for."""
+    said = inv("plan --model nemotron", **shell)
+    assert said.code == 0 and "as it stands, launch would refuse." in said.err and "vllm serve" in said.out
+    assert "would refuse" not in inv("plan --model nemotron").err
+
+
+@pytest.mark.parametrize("task", ["launch", "up", "check", "plan"])
+def test_a_model_that_is_not_named_is_asked_for(task, inv):
+    """With the names that there are."""
+    said = inv(task)
+    assert said.code and said.err == "--model is missing; it takes one of nemotron, qwen-122b, qwen-30b, rehearsal."
+
+
+def test_down_by_another_heads_address_is_for_this_node_alone(inv):
+    """Elsewhere the flag would mean nothing, and take everything down."""
+    said = inv("--dry down --head-ip 10.0.0.9")
+    assert said.code and said.out == "" and "--head-ip goes with --here" in said.err
+
+
+def test_a_log_that_cannot_be_read_is_not_called_missing(inv, tmp_path):
+    """Which of the two it is decides what to do."""
+    (tmp_path / "file").touch()
+    assert "There is no " in inv("logs", CACHE_DIR=str(tmp_path)).err
+    assert "cannot be read: Not a directory. Type: ls -ld " in inv("logs", CACHE_DIR=str(tmp_path / "file")).err
 
 
 def test_a_plan_has_one_worker_for_each_address(inv):

@@ -21,7 +21,7 @@ def start(tmp_path, monkeypatch):
     """Starts a shell script as a node; its process is then `start.process`, which no test leaves behind."""
     started, detach = [], run.detach
     monkeypatch.setattr(run, "detach", lambda command: started.append(detach(command)) or started[-1])
-    monkeypatch.setattr(engine, "node", lambda: SimpleNamespace(id=ID))
+    monkeypatch.setattr(engine, "node", lambda: SimpleNamespace(id=ID, status="running"))
     often = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.002))
     monkeypatch.setattr(detached, "time", often)
 
@@ -79,6 +79,18 @@ def test_a_node_that_cannot_be_named_is_ended(start, monkeypatch):
     with pytest.raises(Exit, match="Docker cannot be reached"):
         start(RUNS)
     assert start.started[0][0].poll() is not None
+
+
+@pytest.mark.parametrize(("status", "removed"), [("created", 1), ("running", 0)])
+def test_a_container_that_was_made_and_not_started_goes_too(status, removed, start, monkeypatch):
+    """`--rm` is for what has run: one that was just made would keep its name."""
+    gone = []
+    monkeypatch.setattr(engine, "node", lambda: SimpleNamespace(id=ID, status=status))
+    monkeypatch.setattr(run, "run_whole", gone.append)
+    monkeypatch.setattr(detached, "START_S", 0.01)
+    with pytest.raises(Exit, match="did not start Ray"):
+        start("exec sleep 60")
+    assert len(gone) == removed
 
 
 def test_a_node_that_does_not_go_hides_no_reason(monkeypatch, tmp_path):

@@ -3,15 +3,20 @@
 The Engine here is made up: the stand-in Sparks of tests/rehearsal have real ones. So these are few: the sentences.
 """
 
+import os
+import shlex
 import socket
+import subprocess
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from docker.errors import APIError
 from invoke import Exit
+from requests.exceptions import JSONDecodeError
 
 from checks import nodes
-from cluster import guards, leftovers
+from cluster import guards, leftovers, token
 from cluster.node import Network
 from host import engine
 from settings import models, resolve
@@ -217,3 +222,50 @@ def test_cleanup_asks(typed, removed, docker, capfd, operator):
     else:
         assert "Nothing was removed." in _refused(leftovers.clean, False)
     assert ran == ([["docker", "rm", "--force", "node-ray", "node-17"]] if removed else [])
+
+
+@pytest.mark.parametrize(
+    "asked", [engine.ours, lambda: engine.has_image("an image"), lambda: engine.labels("an image")],
+    ids=["containers", "image", "labels"],
+)  # fmt: skip
+@pytest.mark.parametrize("error", [APIError("500 Server Error"), JSONDecodeError("Expecting value", "", 0)], ids=repr)
+def test_an_engine_that_answers_with_an_error_is_a_sentence(asked, error, operator):
+    """It can be reached, and still be ill."""
+
+    def fails(*_, **__):
+        raise error
+
+    ill = SimpleNamespace(list=fails, get=fails)
+    operator.setattr(engine, "client", lambda: SimpleNamespace(containers=ill, images=ill))
+    with pytest.raises(Exit, match=r"^Docker could not .*\. Type: docker ps$"):
+        asked()
+
+
+def test_an_address_of_docker_that_is_none_is_a_sentence(operator):
+    """A port out of range is no traceback."""
+    operator.setenv("DOCKER_HOST", "tcp://127.0.0.1:99999")
+    with pytest.raises(Exit, match=r"^Docker cannot be reached at tcp://127\.0\.0\.1:99999: "):
+        engine.client.__wrapped__()
+
+
+def test_the_tokens_lines_copy_it_wherever_it_is(operator, tmp_path, capfd):
+    """Pasted into bash, each puts the file on a worker as ssh knows it, for its owner alone; no worker, no line."""
+    place = tmp_path / "a b/tok'$x"
+    (tmp_path / "ssh").write_text(f'#!/bin/sh\nshift; cd {tmp_path}; exec sh -c "$(echo "$*" | sed s,/a,/there/a,g)"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    shell = {"RAY_AUTH_TOKEN_PATH": str(place), "ENV_FILE": ""}
+    token.make(resolve.load(shell=shell | {"WORKER_HOSTS": "spark-2"}))
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("  ssh spark-2 ")
+    subprocess.run(["bash", "-c", line], check=True)
+    copied = tmp_path / "there/a b/tok'$x"
+    assert copied.read_text() == place.read_text() and copied.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(Exit, match="is there already") as again:
+        token.make(resolve.load(shell=shell))
+    assert again.value.message.endswith(f"rm {shlex.quote(str(place))}")
+    with pytest.raises(Exit, match=r"cannot be written: File exists\. Type: ls -ld "):
+        token.make(resolve.load(shell=shell | {"RAY_AUTH_TOKEN_PATH": f"{place}/token"}))
+    place.unlink()
+    token.make(resolve.load(shell=shell | {"WORKER_HOSTS": ""}))
+    assert "ssh" not in capfd.readouterr().err

@@ -252,6 +252,15 @@ def shared() -> Iterator[Machine]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can type for somebody else")
+def test_a_checkout_that_is_somebody_elses_is_said(shared: Machine):
+    """Who may not write there cannot make the environment."""
+    done = subprocess.run(["setpriv", "--reuid", "65534", "--clear-groups", shared.checkout / "inv", "--list"],
+                          env=shared.env | {"PATH": f"{shared.env['PATH']}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1 and "must be yours to write .venv into it. Type: sudo chown -R" in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can type for somebody else")
 def test_under_sudo_the_environment_is_the_users(shared: Machine):
     """Root in another's checkout leaves no file of root's there."""
     for name in ("id", "stat"):

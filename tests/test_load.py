@@ -252,7 +252,7 @@ def loading(settings, folder, clock, serving, monkeypatch, capsys):
 
 def wrote(folder, quiet, age=1.0):
     """The recorder's last look, `age` seconds ago, at a load that had then been quiet for so long."""
-    told = {"at": recorded.time.time() - age, "nodes": {}, "quiet": dict.fromkeys(LOAD, quiet)}
+    told = {"at": recorded.time.time() - age, "nodes": {}, "quiet": dict.fromkeys(LOAD, quiet), "silent": {}}
     (folder / "vitals.json").write_text(json.dumps(told))
 
 
@@ -296,9 +296,22 @@ def test_what_nobody_can_tell_is_not_stuck(quiet, age, loading, folder):
     assert "STUCK" not in loading().err
 
 
+@pytest.mark.parametrize(("age", "said"), [(1, 0), (FRESH_S + 2, 1), (None, 1)], ids=["fresh", "stale", "nothing"])
+def test_a_load_without_a_recorder_is_said_to_be_unguarded(age, said, loading, folder, monkeypatch):
+    """Once, after it has had the time to meet every node."""
+    monkeypatch.setattr(load, "RECORDER_S", -1)
+    if age:
+        wrote(folder, 0, age)
+    assert loading().err.count("nothing guards the memory. Look: inv logs") == said
+
+
 def test_the_server_before_is_not_this_one():
     """What was seen of it goes before the next one starts: a load that has just begun is not stuck for another's."""
-    assert 0 < server.START.index(f"rm -f {node.LOGS}/vitals.json;") < server.START.index("setsid")
+    assert (
+        0
+        < server.START.index(f"rm -f {node.LOGS}/vitals.json {node.LOGS}/memory-low.json;")
+        < server.START.index("setsid")
+    )
 
 
 @pytest.fixture

@@ -558,14 +558,13 @@ def test_a_limit_of_nothing_ends_nothing(guarded):
 
 
 def test_what_was_seen_is_kept(guarded, clock, tmp_path):
-    """The last look and the lowest memory, where the host reads them, each file whole; nothing of the server before."""
-    (tmp_path / "memory-low.json").write_text('{"10.0.0.9": 1}')
+    """The last look and the lowest memory, where the host reads them, each file whole."""
     found = guarded(two(available=9 * GIB), two(available=7 * GIB), two(available=8 * GIB, gpu=None))
     assert vars(found)["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 7 * GIB}
     assert found.vitals["at"] == clock.time() - 1 and found.vitals["nodes"] == two(available=8 * GIB, gpu=None)
     assert found.vitals["quiet"].items() >= {"log": 2, "counters": 45, "waiting": 30}.items()
     assert {name.partition(" ")[0] for name in found.vitals["quiet"]} == {*WORK, *LOAD, "waiting"}
-    assert set(found.vitals) == {"at", "nodes", "quiet"}
+    assert set(found.vitals) == {"at", "nodes", "quiet", "silent"}
     assert not list(tmp_path.glob("*.new"))
 
 
@@ -575,6 +574,27 @@ def test_a_node_that_does_not_answer_is_said_once(guarded):
     found = guarded(silent, silent, two(), silent, {BOTH[0]: node(available=GIB), BOTH[1]: None})
     assert found.said.count("10.0.0.2 does not answer; its memory is not watched") == 2
     assert found.ended == [GROUP] and found.vitals["nodes"][BOTH[1]] is None
+    assert found.vitals["silent"] == {BOTH[1]: 1}
+
+
+def test_what_was_lowest_outlives_a_guard(guarded, tmp_path):
+    """One that is started again goes on from there; what the server before had goes when another starts."""
+    (tmp_path / "memory-low.json").write_text(json.dumps({BOTH[1]: 3 * GIB}))
+    assert vars(guarded(two(available=9 * GIB)))["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 3 * GIB}
+    (tmp_path / "memory-low.json").write_text("{")
+    assert vars(guarded(two(available=9 * GIB)))["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 9 * GIB}
+
+
+def test_there_is_one_guard(recorder, tmp_path):
+    """Another one, which may be stuck, is ended; a disk without room ends nobody."""
+    file = tmp_path / "pid.recorder"
+    stuck = "import fcntl, os, time; f = open(PATH, 'a'); fcntl.flock(f, fcntl.LOCK_EX); f.write(str(os.getpid()))"
+    script = f"{stuck.replace('PATH', repr(str(file)))}; f.flush(); print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        with recorder.guard.alone(str(file)):
+            assert child.wait(5) == -signal.SIGKILL and file.read_text() == str(os.getpid())
+    assert recorder.guard.alone(str(tmp_path / "not there/pid.recorder")) is None
 
 
 def test_no_node_that_answers_ends_nothing(guarded):
@@ -619,7 +639,7 @@ def test_memory_is_looked_at_before_anything_is_written(guarded, recorder, monke
     monkeypatch.setattr(recorder.guard, "keep", lambda file, _: order.append(Path(file).stem))
     monkeypatch.setattr(recorder.guard, "too_low", lambda *_: order.append("memory"))
     guarded(two(), two())
-    assert order == ["memory-low", *["memory", "memory-low", "vitals"] * 2]
+    assert order == ["memory", "memory-low", "vitals"] * 2
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_every_value_reaches_the_worker_as_it_is(settled, tmp_path):
 
 def test_down_there_is_the_same_task(settled):
     """Only for this head's own nodes."""
-    wanted = remote.down(settled(REPO_DIR="/opt/spark", HEAD_NODE_IP="10.0.0.9", **KEYS), "me@spark-2")
+    wanted = remote.down(settled(REPO_DIR="/opt/spark", **KEYS), "me@spark-2", "10.0.0.9")
     assert wanted.command.words == [*SSH, "me@spark-2", "/opt/spark/inv down --here --head-ip 10.0.0.9"]
     assert wanted.task == "inv down --here --head-ip 10.0.0.9"
 
@@ -140,13 +140,13 @@ def test_no_secret_is_in_what_is_run_or_said(line, inv, env_file):
 )
 def test_where_the_repository_is_there(said, inv, settled):
     """In this one's own folder, or in REPO_DIR: absolute, or from the home that ssh starts in."""
-    wanted = remote.down(settled(**({"REPO_DIR": said} if said else {})), "spark-2")
+    wanted = remote.down(settled(**({"REPO_DIR": said} if said else {})), "spark-2", "10.0.0.1")
     assert there(wanted)[0] == inv
 
 
 def test_a_repository_that_is_the_home_itself(settled):
     """A folder, so that the shell there runs a file in it, and asks no PATH."""
-    asked = [remote.down(settled(REPO_DIR=said), "spark-2") for said in ("~", "~/", ".", "./")]
+    asked = [remote.down(settled(REPO_DIR=said), "spark-2", "10.0.0.1") for said in ("~", "~/", ".", "./")]
     assert {there(wanted)[0] for wanted in asked} == {"./inv"}
 
 
@@ -163,12 +163,12 @@ def test_the_workers_are_hosts_or_else_addresses(settled):
     assert remote.needed(settled(WORKER_HOSTS="me@spark-2,spark-3.local")) == ["me@spark-2"]
     assert remote.needed(settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2", PP_SIZE="2")) == ["a", "b", "c"]
     assert remote.needed(settled(WORKER_HOSTS="", TP_SIZE="1")) == []
-    assert remote.hosts(settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2")) == ["a", "b", "c", "d"]
+    assert settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2").workers() == ["a", "b", "c", "d"]
 
 
 def test_a_worker_that_is_named_twice_is_one(settled):
     """Two lines to one host would be one node too few, and two who take it down."""
-    assert remote.hosts(settled(WORKER_HOSTS="b,a,b")) == ["b", "a"]
+    assert settled(WORKER_HOSTS="b,a,b").workers() == ["b", "a"]
     with pytest.raises(Exit, match=r"needs 2 workers .* names 1: a"):
         remote.needed(settled(WORKER_HOSTS="a,a", TP_SIZE="3"))
 
@@ -213,7 +213,7 @@ def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled
 
     monkeypatch.setattr(run, "told", told)
     with pytest.raises(Exit) as failed:
-        remote.run_there(remote.down(settled(), "spark-2"), 7)
+        remote.run_there(remote.down(settled(), "spark-2", "10.0.0.1"), 7)
     lines = failed.value.message.splitlines()
     task = "inv down --here --head-ip 10.0.0.1"
     assert lines[0] == f"spark-2: `{task}` failed with status {status}. Its last lines:"

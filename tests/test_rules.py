@@ -103,6 +103,20 @@ def test_another_build_of_one_base_is_a_warning(found):
     assert not said.refuses and "docker save local/vllm-ray:26.05.post1 | ssh 10.0.0.2 docker load" in said.text
 
 
+def test_images_of_which_no_base_is_known_differ(found):
+    """A label that an image lacks is no answer, and no reason to trust it."""
+    (said,) = found(image="sha256:cc")
+    assert said.rule == "image" and said.refuses and "different bases" in said.text
+
+
+def test_two_workers_on_one_machine_are_found_too(operator):
+    """Not only one on the head's."""
+    told = [("10.0.0.1", "boot/1"), ("10.0.0.2", "boot/2"), ("10.0.0.3", "boot/2")]
+    nodes = [Node(at, f"spark-{at[-1]}", 1, copy.deepcopy(FACTS) | {"host": host}) for at, host in told]
+    (said,) = rules.findings(nodes, resolve.load(models.find("nemotron"), shell={"ENV_FILE": ""}))
+    assert said.rule == "hosts" and "10.0.0.3 was started on the machine of 10.0.0.2 (spark-2)" in said.text
+
+
 @pytest.mark.parametrize(
     ("vllm", "kept", "refused"), [("0.21.0", [], 0), ("0.20.1", [], 1), ("0.20.1", ["NCCL_IB_HCA"], 0)]
 )

@@ -18,6 +18,7 @@ LINES = [
     "--dry stop",
     "--dry health",
     "--dry cleanup",
+    "--dry memory",
     *(f"--dry {task} --model {name}" for task in ("head", "worker", "launch") for name in models.known()),
     *(f"plan --model {name}" for name in models.known()),
 ]

@@ -209,7 +209,7 @@ def test_dotenv_reads_quotes_comments_and_exports(settle, env_file):
     assert (settings["PORT"], settings["SERVED_NAME"], settings["HEAD_NODE_IP"]) == ("2", "a # b", "10.1.1.1")
 
 
-@pytest.mark.parametrize("line", ["PORT", "PORT: 8000", "a b c", 'PORT="8000', "= 1"])
+@pytest.mark.parametrize("line", ["PORT", "PORT: 8000", "a b c", 'PORT="8000', "= 1", "\x1b[31mPORT=1"])
 def test_a_malformed_line_is_named(line, settle, env_file):
     """A line of .env that is no NAME=value is an error with its number, and is not shown: it may hold a secret."""
     env_file.write_text(f"HOST=::\n{line}\n")

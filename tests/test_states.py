@@ -16,7 +16,7 @@ from invoke import Exit
 from checks.nodes import Node
 from vitals import api, health, recorded, unanswered
 from vitals.api import Answer, Metrics
-from vitals.judge import AGAIN, GIB, LOAD, RECORDER, WORK, judge
+from vitals.judge import AGAIN, DEAF_S, GIB, LOAD, RECORDER, WORK, judge
 from vitals.recorded import FRESH_S, Recorded
 from vitals.served import Served
 from vitals.states import Limits, Seen, State
@@ -155,11 +155,34 @@ def test_a_rank_that_is_gone_is_the_first_trouble(lost, answer):
 
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
-@pytest.mark.parametrize(("answer", "state"), [(WELL, State.HEALTHY), (REFUSED, State.LOADING)], ids=["well", "load"])
-def test_a_token_beats_a_look_that_failed(lost, answer, state):
-    """It came through every rank, whatever the recorder saw a second before; and a load has no rank at first."""
+def test_a_token_beats_a_look_that_failed(lost):
+    """It came through every rank, whatever the recorder saw a second before."""
     worker, nodes = lost
-    assert verdict(seen(answer, Recorded(1, {HEAD: facts(), WORKER: worker}, saw().still), nodes=nodes)).state is state
+    record = Recorded(1, {HEAD: facts(), WORKER: worker}, saw().still)
+    assert verdict(seen(WELL, record, nodes=nodes)).state is State.HEALTHY
+
+
+@pytest.mark.parametrize(
+    ("worker", "nodes", "state"),
+    [
+        (None, [HEAD], State.RANK_LOST),
+        (None, [HEAD, WORKER], State.LOADING),
+        (facts(ranks=0), [HEAD, WORKER], State.LOADING),
+    ],
+    ids=["Ray has lost it", "did not answer once", "no rank yet"],
+)
+def test_a_load_ends_with_a_node_and_not_without_a_rank(worker, nodes, state):
+    """It has no rank at first; without a node it will never have it."""
+    record = Recorded(1, {HEAD: facts(ranks=0), WORKER: worker}, saw().still)
+    assert verdict(seen(REFUSED, record, nodes=nodes)).state is state
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(DEAF_S - 1, State.HEALTHY), (DEAF_S, State.UNKNOWN)])
+def test_a_node_that_nobody_hears_is_not_called_healthy(seconds, state):
+    """Its ranks live, for a token came; its memory and its links are another matter, and a moment is none."""
+    record = Recorded(1, {HEAD: facts(), WORKER: None}, saw().still, {WORKER: seconds})
+    said = verdict(seen(WELL, record))
+    assert said.state is state and (state is State.HEALTHY or "hears nothing of 10.0.0.2 for 30 s" in said.why)
 
 
 @pytest.mark.parametrize("nodes", [[HEAD, WORKER], None], ids=["Ray has it", "Ray not asked"])
@@ -559,7 +582,7 @@ def test_the_queue_before_a_token_is_told(looked):
 
 
 STILL = {"cpu 10.0.0.1": 9, "cpu 10.0.0.2": 7, "memory 10.0.0.1": 5, "memory 10.0.0.2": 6, "server_cpu": 1}
-VITALS = {"at": NOW - 2, "nodes": {HEAD: facts(ranks=2), WORKER: None}, "quiet": STILL}
+VITALS = {"at": NOW - 2, "nodes": {HEAD: facts(ranks=2), WORKER: None}, "quiet": STILL, "silent": {}}
 
 
 @pytest.fixture

@@ -53,10 +53,10 @@ class Site:
         self.serving = SimpleNamespace(alive=True, words=server.words(self.settings), since=7)
         self.seen = Recorded(1, {"10.0.0.1": None}, {})
 
-    def up(self, keep=False):
+    def up(self, keep=False, fabric=False):
         """Type `inv up`."""
         self.came.clear()
-        up.up(self.settings, NET, (), keep, fabric=False)
+        up.up(self.settings, NET, (), keep, fabric)
 
     def fails(self, name, text="it failed", code=1):
         """Have this step fail."""
@@ -155,6 +155,14 @@ def test_a_recorder_that_has_stopped_is_started_again(age, site):
     site.seen = None if age is None else Recorded(age, {"10.0.0.1": None}, {})
     site.up()
     assert site.did == ["new up", "old up", "copy recorder", "recorder", "follow"]
+
+
+def test_a_server_that_has_the_gpus_is_not_proved_past(site):
+    """`--fabric` on a cluster that serves is refused, not left out in silence."""
+    site.stands()
+    with pytest.raises(Exit, match=r"--fabric cannot be proved. Type: inv stop; or leave --fabric out"):
+        site.up(fabric=True)
+    assert site.undone == []
 
 
 def test_a_second_up_at_the_same_time_is_refused(site):
@@ -432,6 +440,24 @@ def test_down_is_refused_on_a_worker(status, standing, operator):
     operator.setattr(engine, "node", lambda: SimpleNamespace(status=status))
     with pytest.raises(Exit, match=r"This node is a worker .* Type it on the head, 10\.0\.0\.1\."):
         down.down(standing.settings)
+    assert standing.did == []
+
+
+def test_down_asks_by_the_address_that_the_nodes_were_brought_up_with(standing, operator):
+    """HEAD_NODE_IP may have been another in that shell, and then no worker would take this for its head."""
+    asked = []
+    operator.setattr(run, "told", lambda command, *_: asked.append(command.words[-1]))
+    other = resolve.load(standing.settings.model, {}, SHELL | {"HEAD_NODE_IP": "10.0.0.7"})
+    down.down(other)
+    assert len(asked) == 2 and all(line.endswith("down --here --head-ip 10.0.0.1") for line in asked)
+
+
+@pytest.mark.parametrize("typed", [lambda site: down.down(site.settings), lambda _: down.here()], ids=["down", "here"])
+def test_a_container_of_somebody_elses_is_not_taken_down(typed, standing, operator):
+    """One that is called so, and was started by neither task, is a person's question."""
+    operator.setattr(engine, "environment", lambda _: {})
+    with pytest.raises(Exit, match=r"was started by neither inv head nor inv worker. To look at it: inv cleanup"):
+        typed(standing)
     assert standing.did == []
 
 

@@ -23,6 +23,7 @@ from command import run
 from command.command import Command
 from settings import resolve
 from vitals import api, watch
+from vitals import hook as vitals_hook
 from vitals.api import Answer
 from vitals.hook import DAY, Hook, configured
 from vitals.outage import Due, Look, Outage
@@ -242,6 +243,22 @@ def test_a_hook_that_does_not_end_is_killed_with_its_children(tmp_path):
     while _runs(child) and time.monotonic() < until:
         time.sleep(0.002)
     assert not _runs(child)
+
+
+def test_a_hook_that_cannot_be_killed_is_an_event(hook, monkeypatch):
+    """One that sudo made another's: the watch goes on."""
+    ended = []
+
+    def refused(group, _):
+        ended.append(group)
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(run.os, "killpg", refused)
+    monkeypatch.setattr(vitals_hook, "SECONDS", 0.01)
+    said = replace(hook, words=("sleep", "9")).call(Due("down", "refused", 10, START), "http://head:8000")
+    monkeypatch.undo()
+    os.killpg(ended[0], signal.SIGKILL)
+    assert said.startswith("hook failed: process") and "could not be killed" in said
 
 
 def _runs(process):

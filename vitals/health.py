@@ -13,7 +13,7 @@ from checks import nodes
 from cluster import guards
 from cluster.node import CONTAINER
 from command import run, template
-from command.command import Command, say
+from command.command import Command, say, tell
 from host import engine
 from settings.resolve import Settings
 from vitals import api, recorded, served, unanswered
@@ -54,7 +54,7 @@ def report(settings: Settings, as_json: bool) -> State:
     if as_json:
         parts = {name: {"well": well, "says": words} for well, name, words in found.parts}
         state = {"state": str(verdict.state), "code": verdict.state.code, "why": verdict.why, "next": verdict.next}
-        print(json.dumps(state | {"parts": parts}, indent=1))
+        tell(json.dumps(state | {"parts": parts}, indent=1))
     return verdict.state
 
 

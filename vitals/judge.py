@@ -10,6 +10,8 @@ GIB = 2**30
 RECORDER = "inv up --model NAME: it leaves the server alone and starts the recorder again"
 LINKS = "ip -brief link, on that node"
 AGAIN = "inv down; then: inv up --model NAME"
+# A node's recorder answers within a second or three, and after a death of its own within ten.
+DEAF_S = 30
 # What moves while work is done, and what moves while a model is loaded.
 WORK, LOAD = ("counters", "cpu", "gpu"), ("log", "memory", "server_cpu", "cpu", "gpu")
 
@@ -50,13 +52,15 @@ def _ended(seen: Seen, server: Served) -> Verdict:
 
 
 def _lost(seen: Seen, server: Served) -> Verdict | None:
-    """A node without a rank, or one that Ray has lost; unless it loads still, or a token just proved that all live.
+    """A node without a rank, unless it loads still, or one that Ray has lost; unless a token just proved all alive.
 
     One look that a busy node did not answer in time is no loss: then Ray was asked.
     """
-    if not seen.fresh or (seen.answer and (seen.answer.well or seen.answer.refused)):
+    if not seen.fresh or (seen.answer and seen.answer.well):
         return None
-    gone = [at for at, told in seen.fresh.nodes.items() if (not told["ranks"] if told else _is_gone(seen, at))]
+    loads = seen.answer and seen.answer.refused
+    rankless = [at for at, told in _facts(seen) if not (told["ranks"] or loads)]
+    gone = rankless + [at for at, told in seen.fresh.nodes.items() if told is None and _is_gone(seen, at)]
     if not gone or seen.fresh.ranks >= server.world_size:
         return None
     why = f"{seen.fresh.ranks} of {server.world_size} ranks live; none on {', '.join(gone)}."
@@ -88,6 +92,9 @@ def _serving(seen: Seen, limits: Limits) -> Verdict:
         return Verdict(State.LINKS_DEGRADED, f"It answers, but {down}.", LINKS)
     if not seen.fresh:
         return Verdict(State.UNKNOWN, f"It answers, but {_no_recorder(seen)}", RECORDER)
+    if deaf := [f"{at} for {told:.0f} s" for at, told in seen.fresh.silent.items() if told >= DEAF_S]:
+        why = f"It answers, but the recorder hears nothing of {', '.join(deaf)}: memory and links there are unknown."
+        return Verdict(State.UNKNOWN, why, "inv logs, for what the memory guard says; inv status")
     if seen.broken:
         why = "It answers, but " + "; ".join(f"{what}: {said}" for what, said in seen.broken.items())
         return Verdict(State.UNKNOWN, why, "nvidia-smi")

@@ -23,6 +23,8 @@ from vitals.progress import Progress
 PAUSE_S = 0.5
 # The first request compiles kernels: it took 49 s on two H100, the next 1.8 s.
 WARM_UP_S = 600
+# The recorder has to meet every node first.
+RECORDER_S = 60
 
 
 class Log:
@@ -90,7 +92,7 @@ def follow(
 
 
 def _until_ready(settings: Settings, log: Log, progress: Progress, shown: bool, stay: bool) -> None:
-    load, stuck = Load(), False
+    load, stuck, deaf, begun = Load(), False, False, time.monotonic()
     while not _is_up(settings):
         lines = log.new()
         _show(lines, progress.line if shown else None)
@@ -100,6 +102,8 @@ def _until_ready(settings: Settings, log: Log, progress: Progress, shown: bool, 
             raise _ended(log)
         if not stuck and (stuck := _is_stuck(settings)):
             _say_stuck(settings, load, stay)
+        if not deaf and (deaf := time.monotonic() - begun > RECORDER_S and not _is_recorded(settings)):
+            say("Warning: the recorder beside the server tells nothing, so nothing guards the memory. Look: inv logs")
         time.sleep(PAUSE_S)
 
 
@@ -140,6 +144,11 @@ def _is_stuck(settings: Settings) -> bool:
     """Whether nothing has moved for STALL_S; what nobody can tell is not called stuck."""
     seen = recorded.read(settings)
     return seen is not None and seen.fresh and seen.quiet(*LOAD) >= int(settings["STALL_S"])
+
+
+def _is_recorded(settings: Settings) -> bool:
+    seen = recorded.read(settings)
+    return seen is not None and seen.fresh
 
 
 def _say_stuck(settings: Settings, load: Load, stay: bool) -> None:

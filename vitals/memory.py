@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from invoke import Exit
 
@@ -18,14 +18,18 @@ from command.command import Command, say
 from settings.resolve import Settings
 from vitals import recorded
 
-if TYPE_CHECKING:
-    from docker.models.containers import Container
-
 SECONDS = 2
 _GIB = 2**30
 
 
-def watch(head: Container, settings: Settings, file: str | None) -> None:
+def commands() -> list[Command]:
+    """All that it runs, in order."""
+    outer = ("docker", "exec", "-i", node.CONTAINER, "/bin/bash", "-c", node.IN_SHELL, "bash")
+    sampling = (*outer, "python3", f"{server.RECORDER}/memory.py", str(SECONDS))
+    return [server.recorder_there(), Command((sampling,), "head")]
+
+
+def watch(settings: Settings, file: str | None) -> None:
     """Print what every node has available, low ones marked, and write it as CSV to file if it is named.
 
     Raises Exit if the file cannot be written or Ray stops answering.
@@ -35,7 +39,7 @@ def watch(head: Container, settings: Settings, file: str | None) -> None:
         told = ", ".join(f"{at} {left / _GIB:.1f} GiB" for at, left in lows.items())
         say(f"Lowest while the last server ran: {told}")
     with _rows(file) as rows:
-        for told in _samples(head.name):
+        for told in _samples():
             now = time.strftime("%H:%M:%S")
             for address, left in sorted(told.items()):
                 available = "unknown" if left is None else f"{left / _GIB:.1f}"
@@ -44,11 +48,10 @@ def watch(head: Container, settings: Settings, file: str | None) -> None:
                 rows.writerow([now, address, left])
 
 
-def _samples(name: str) -> Iterator[dict[str, int | None]]:
-    run.run_whole(server.recorder_there())
-    outer = ("docker", "exec", "-i", name, "/bin/bash", "-c", node.IN_SHELL, "bash")
-    lines = run.lines(Command(((*outer, "python3", f"{server.RECORDER}/memory.py", str(SECONDS)),)))
-    for line in lines:
+def _samples() -> Iterator[dict[str, int | None]]:
+    there, sampling = commands()
+    run.run_whole(there)
+    for line in run.lines(sampling):
         yield json.loads(line)
     raise Exit("Ray in the head's container does not answer any more. Type: inv health")
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster import node
 from settings.resolve import Settings
@@ -17,12 +17,14 @@ class Recorded:
     """One look at all nodes: `age` in seconds; each node's facts by address, None where a node did not answer.
 
     A node's facts are `available` (bytes), `ranks` (how many), `cpu` (their seconds), `gpu` (percent, or None) and
-    `down` (links that are not up). `still`: for how many seconds each thing was seen not to move.
+    `down` (links that are not up). `still`: for how many seconds each thing was seen not to move; `silent`: for how
+    many each node that did not answer has not.
     """
 
     age: float
     nodes: Mapping[str, Mapping | None]
     still: Mapping[str, float]
+    silent: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fresh(self) -> bool:
@@ -43,7 +45,7 @@ def read(settings: Settings) -> Recorded | None:
     """What the recorder of the last server wrote; None if there is nothing, or nothing that can be read."""
     try:
         told = json.loads((node.logs(settings) / "vitals.json").read_text())
-        return Recorded(time.time() - told["at"], told["nodes"], told["quiet"])
+        return Recorded(time.time() - told["at"], told["nodes"], told["quiet"], told["silent"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -47,11 +47,12 @@ def watch(settings: Settings, url: str) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def address(url: str) -> str:
+def address(url: str | None) -> str:
     """The url without a slash at its end; raises Exit unless it is http(s)://HOST[:PORT]."""
-    match = _URL.fullmatch(url)
+    match = _URL.fullmatch(url or "")
     if not match or not 1 <= int(match[3] or 1) <= 65535 or not _numbers(match[2]):
-        raise Exit(f"--url {url!r} is no server's address; it takes http://HOST:PORT or https://HOST:PORT, no more.")
+        wrong = "--url is missing" if url is None else f"--url {url!r} is no server's address"
+        raise Exit(f"{wrong}; it takes http://HOST:PORT or https://HOST:PORT, no more.")
     return match[1]
 
 

@@ -96,7 +96,7 @@ def test_a_forwarded_variable_that_is_not_the_heads_is_refused(sparks, terminal,
     """The article's trap: launch names the variable, both values, and the commands that mend it."""
     head = terminal(sparks[0], "head", *(("--model", "rehearsal") if env else ()), **env)
     head.until("Ray runtime started")
-    done = inv(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     assert done.returncode != 0
     assert f"VLLM_CPU_KVCACHE_SPACE: {told}, needs '1'" in done.stderr
     assert "inv worker --model rehearsal" in done.stderr
@@ -107,7 +107,7 @@ def test_too_few_nodes_are_refused(sparks, terminal):
     """One node where TP=2: asked of Ray, not counted in a text."""
     head = terminal(sparks[0], "head", "--model", "rehearsal")
     head.until("Ray runtime started")
-    done = inv(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     assert done.returncode != 0 and "needs 2 nodes with a GPU" in done.stderr and "10.0.0.1" in done.stderr
 
 
@@ -118,7 +118,7 @@ def test_launch_is_refused_without_key_container_or_on_a_worker(cluster, sparks)
         (sparks[1], {"VLLM_API_KEY": KEY}, "This node is a worker"),
         (sparks[0], {"VLLM_API_KEY": KEY, "HEAD_NODE_IP": "10.0.0.9"}, "Ray does not answer at 10.0.0.9:6379"),
     ):
-        done = inv(host, "launch", "rehearsal", **env)
+        done = inv(host, "launch", "--model", "rehearsal", **env)
         assert done.returncode != 0 and told in done.stderr
     assert not serving(sparks[0])
 
@@ -126,12 +126,12 @@ def test_launch_is_refused_without_key_container_or_on_a_worker(cluster, sparks)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, terminal, number):
     """Served on, log kept; `stop` ends it and Ray stays."""
-    launch = terminal(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    launch = terminal(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     launch.until("non-default args")
     launch.end(number)
     log = sparks[0].cache / "node-ray/serve.log"
     assert settled(lambda: serving(sparks[0])) and "non-default args" in log.read_text()
-    second = inv(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    second = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     assert second.returncode != 0 and "inv stop" in second.stderr
     assert inv(sparks[0], "stop").returncode == 0
     assert not serving(sparks[0])
@@ -141,7 +141,7 @@ def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, termin
 
 def test_ctrl_c_stops_the_server(cluster, sparks, terminal):
     """After Ctrl-C at `launch` nothing of the server is left, on any node."""
-    launch = terminal(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    launch = terminal(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     launch.until("non-default args")
     launch.end(signal.SIGINT)
     assert not serving(sparks[0]), launch.said
@@ -151,7 +151,7 @@ def test_ctrl_c_stops_the_server(cluster, sparks, terminal):
 def test_no_secret_is_seen_anywhere(cluster, sparks, terminal):
     """Not in argv, not in what a container started with, not in the log, not on the screen."""
     launch = terminal(
-        sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, HF_TOKEN="hf-stand-in-marker"
+        sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, HF_TOKEN="hf-stand-in-marker"
     )
     launch.until("non-default args")
     seen = [launch.read(), (sparks[0].cache / "node-ray/serve.log").read_text()]

@@ -125,14 +125,16 @@ def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
 
 def test_too_little_memory_before_a_load(cluster, sparks):
     """The floor is a setting, so a test can raise it: refused with the arithmetic, and nothing runs."""
-    done = inv(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_FLOOR_GIB="999")
+    done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_FLOOR_GIB="999")
     assert done.returncode != 0 and "memory-floor" in done.stderr and "left for the host" in done.stderr
     assert not serving(sparks[0])
 
 
 def test_too_little_memory_during_a_load(cluster, sparks, terminal):
     """The guard in the head's container ends the server, and its log says on which node and why."""
-    launch = terminal(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_ABORT_GIB="999")
+    launch = terminal(
+        sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_ABORT_GIB="999"
+    )
     launch.until("less than MEM_ABORT_GIB (999): ending the server", 90)
     assert launch.process.wait(60) != 0
     assert not serving(sparks[0])
@@ -142,7 +144,9 @@ def test_too_little_memory_during_a_load(cluster, sparks, terminal):
 
 def test_an_option_that_the_image_does_not_know(cluster, sparks):
     """Refused by the image's own list, with where to take it out; nothing runs."""
-    done = inv(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, SERVE_EXTRA="--swap-space 0")
+    done = inv(
+        sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, SERVE_EXTRA="--swap-space 0"
+    )
     assert done.returncode != 0 and "REFUSED options: --swap-space" in done.stderr and "SERVE_EXTRA" in done.stderr
     assert not serving(sparks[0])
 
@@ -156,7 +160,7 @@ def test_a_rule_that_nobody_has_cannot_be_allowed(sparks):
 def test_a_probe_that_fails_is_a_refusal(cluster, sparks):
     """Ray's head stopped in its tracks: nobody can say that the nodes agree, so nothing is loaded."""
     sparks[0].run("docker", "exec", "node-ray", "pkill", "-STOP", "gcs_server")
-    done = inv(sparks[0], "launch", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     sparks[0].run("docker", "exec", "node-ray", "pkill", "-CONT", "gcs_server")
     assert done.returncode != 0 and "Traceback" not in done.stderr and not serving(sparks[0])
     assert wait(lambda: check(sparks[0]).returncode == 0, 60, pause=2)

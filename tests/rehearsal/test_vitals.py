@@ -76,6 +76,19 @@ def test_status_is_one_screen(pair):
     assert "worker of 10.0.0.1" in inv(pair[1], "status").stderr
 
 
+def test_a_gauge_that_dies_comes_back(pair):
+    """Memory that runs out takes it first, and a node without one would be neither guarded nor seen to move."""
+    record = pair[0].cache / "node-ray/vitals.json"
+
+    def seen() -> bool:
+        return json.loads(record.read_text())["nodes"]["10.0.0.2"] is not None
+
+    assert seen() and pair[1].run("docker", "exec", "node-ray", "pkill", "-KILL", "-f", "ray::Gauge").returncode == 0
+    assert wait(lambda: not seen(), 10)
+    assert wait(seen, 30)
+    assert health(pair)[0] == 0
+
+
 def test_the_fabric_is_not_proved_while_a_server_has_the_gpus(pair):
     """The all-reduce would wait for them: refused at once."""
     done = inv(pair[0], "check", "--model", "rehearsal", "--fabric", "--allow", ALLOW, **FLEET)
@@ -167,7 +180,7 @@ def test_a_launch_whose_terminal_is_closed_while_detached_serves_on(pair, termin
     """Stopped it is not running; launched detached, with its terminal gone, it loads, and then serves."""
     assert inv(pair[0], "stop").returncode == 0
     assert health(pair)[0] == 12
-    launch = terminal(pair[0], "launch", "rehearsal", "--detach", "--allow", ALLOW, **FLEET)
+    launch = terminal(pair[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, **FLEET)
     launch.until("The server is loading")
     launch.end(signal.SIGHUP)
     assert health(pair)[0] == 11
@@ -199,7 +212,7 @@ def alive(pair) -> dict[str, bool]:
 
 def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
     """Within Ray's own time; the head's container stays until `down` removes it."""
-    words = ("launch", "rehearsal", "--detach", "--allow", ALLOW)
+    words = ("launch", "--model", "rehearsal", "--detach", "--allow", ALLOW)
     assert inv(pair[0], *words, **FLEET).returncode == 0
     assert wait(lambda: health(pair)[0] == 0, 120, pause=2), health(pair)
     client = pair[1].popen(sys.executable, CLIENT, URL, "50", env={"KEY": KEY}, stderr=subprocess.DEVNULL)
