@@ -39,10 +39,12 @@ def silent(*samples):
 
 def seen(looks, every=30, outage=None):
     """What is said of looks so many seconds apart, and at which of them something was due."""
-    outage = outage or Outage(failures=3, hang=300, start=START)
+    outage = outage or Outage(failures=3, hang=300, clock=lambda: START)
     said, due = [], []
     for number, look in enumerate(looks):
-        lines, call = outage.see(look, START + number * every)
+        now = START + number * every
+        outage.clock = lambda now=now: now
+        lines, call = outage.see(look, now)
         said += lines
         due += [(number, call)] if call else []
     return said, due
@@ -52,6 +54,14 @@ def test_a_success_that_changes_nothing_is_not_said():
     """A server that is well is one line, and one that says that the watch is armed."""
     said, due = seen([WELL] * 5)
     assert (said[0], len(said), due) == ("well", 2, [])
+
+
+def test_a_clock_that_is_set_makes_no_hang():
+    """An hour that nobody waited, on a machine that has just learnt the time of day or has slept."""
+    outage = Outage(failures=1, hang=300, clock=lambda: 0.0)
+    assert outage.see(WELL, START)[1] is None
+    said, due = outage.see(silent(), START + 3600)
+    assert due is None and "busy" in said[0]
 
 
 def test_failures_in_a_row_are_due():
@@ -194,7 +204,7 @@ def test_a_file_that_cannot_be_written_stops_the_hook(hook):
 def test_what_holds_the_hook_back_is_said_once_an_outage(hook, capfd):
     """Not at each look; and again in the next outage."""
     hook.check()
-    outage = Outage(failures=1, hang=300, start=START)
+    outage = Outage(failures=1, hang=300)
     for look in [WELL, *[DOWN] * 5, WELL, *[DOWN] * 5]:
         watch.turn(outage, hook, "http://head:8000", look)
     said = capfd.readouterr().err
@@ -204,7 +214,7 @@ def test_what_holds_the_hook_back_is_said_once_an_outage(hook, capfd):
 
 def test_without_a_hook_the_outage_is_only_said(hook, capfd):
     """An empty WATCH_HOOK runs nothing and writes no file."""
-    outage = Outage(failures=1, hang=300, start=START)
+    outage = Outage(failures=1, hang=300)
     for look in [WELL, *[DOWN] * 5]:
         watch.turn(outage, replace(hook, words=()), "http://head:8000", look)
     assert capfd.readouterr().err.count("WATCH_HOOK is empty") == 1 and not hook.file.exists()

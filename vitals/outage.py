@@ -1,6 +1,7 @@
 """What looks at a server come to: whether it is down or hung, what of that is news, and when somebody should act."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 # What is said of each kind of look that is neither well nor a failure: it is never counted.
@@ -31,11 +32,14 @@ class Due:
 
 @dataclass
 class Outage:
-    """What the looks so far come to; `failures` in a row are too many, `hang` seconds without a move are a hang."""
+    """What the looks so far come to; `failures` in a row are too many, `hang` seconds without a move are a hang.
+
+    `clock` tells seconds that pass, which the time of day does not where it is set or the machine sleeps.
+    """
 
     failures: int
     hang: float
-    start: float
+    clock: Callable[[], float] = time.monotonic
     armed: bool = False
     row: int = 0
     since: float = 0
@@ -45,11 +49,11 @@ class Outage:
     said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.moved = self.start
+        self.moved = self.clock()
 
     def see(self, look: Look, now: float) -> tuple[list[str], Due | None]:
         """Take in a look at `now` (epoch seconds); what is worth saying, and what is due once failures are too many."""
-        before, self.last = self.last, self._settled(look, now)
+        before, self.last = self.last, self._settled(look)
         if self.last.kind in ("failed", "hung"):
             return self._failed(self.last, now)
         self.row = 0
@@ -65,8 +69,9 @@ class Outage:
         self.said.add(rule)
         return [line] if new else []
 
-    def _settled(self, look: Look, now: float) -> Look:
+    def _settled(self, look: Look) -> Look:
         """The look without its samples, where a silent one has become busy or hung."""
+        now = self.clock()
         answered = look.kind in ("well", "key", "odd")
         if answered or look.moving not in (None, self.moving):
             self.moved, self.moving = now, look.moving

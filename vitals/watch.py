@@ -32,7 +32,7 @@ def watch(settings: Settings, url: str) -> None:
     """
     url, key, acts = address(url), _sendable(settings.get("VLLM_API_KEY")), hook.configured(settings)
     acts.check()
-    outage = Outage(int(settings["WATCH_FAILURES"]), int(settings["HANG_S"]), time.time())
+    outage = Outage(int(settings["WATCH_FAILURES"]), int(settings["HANG_S"]))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _tell(_started(settings, url, acts))
