@@ -13,7 +13,7 @@ def token(sparks, tmp_path):
     """Made by the task itself; a copy for the worker, and the environment that names each."""
     files = [tmp_path / name / "auth_token" for name in ("head", "worker")]
     made = inv(sparks[0], "token", RAY_AUTH_TOKEN_PATH=str(files[0]))
-    assert made.returncode == 0 and f"10.0.0.2:{files[0]}" in made.stderr, made.stderr
+    assert made.returncode == 0 and "  ssh 10.0.0.2 'umask 077; " in made.stderr, made.stderr
     assert files[0].stat().st_mode & 0o777 == 0o600 and files[0].read_text() not in made.stderr
     files[1].parent.mkdir()
     files[1].write_text(files[0].read_text())
