@@ -5,7 +5,7 @@ import json
 import signal
 
 import pytest
-from operating import KEY, containers, inv, serving
+from operating import containers, inv
 
 from rehearsal.flow import ALLOW, IMAGE
 from rehearsal.shell import wait
@@ -34,16 +34,6 @@ def head(sparks, terminal):
     """The head, up for the tiny model."""
     terminal(sparks[0], "head", "--model", "rehearsal").until("Ray runtime started")
     return sparks[0]
-
-
-def test_two_nodes_that_agree(cluster, sparks):
-    """Nothing is found, every fact of every node is told as JSON, and a stand-in is one GB10."""
-    done = check(sparks[0], "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert [node["address"] for node in told["nodes"]] == ["10.0.0.1", "10.0.0.2"]
-    assert all(node["gpus"] == ["NVIDIA GB10"] and node["vllm"].startswith("0.32.0") for node in told["nodes"])
-    assert not [node for node in told["nodes"] if "unknown" in str(node)], told["nodes"]
 
 
 @pytest.mark.parametrize(
@@ -89,15 +79,6 @@ def test_images_of_two_builds(head, sparks, terminal, label, refused):
         sparks[1].run("docker", "tag", own, IMAGE)
 
 
-def test_a_link_that_went_down(cluster, rig, sparks):
-    """Down at the far end after the bring-up: the node that lost its carrier is named, and up again it passes."""
-    rig.link_down(sparks[1], "enp1s0f0np0")
-    found = findings(sparks[0])
-    rig.link_up(sparks[1], "enp1s0f0np0")
-    assert set(found) == {"links"} and "10.0.0.2: enp1s0f0np0 is down" in found["links"]
-    assert wait(lambda: check(sparks[0]).returncode == 0, 20, pause=1)
-
-
 def test_two_rays_on_one_spark(head, sparks):
     """A second Ray on the head's machine counts as a node with a GPU; the check says that it is the head's machine."""
     sparks[0].run("docker", "exec", "node-ray", "ray", "start", "--address=10.0.0.1:6379", "--node-ip-address=10.0.1.1")
@@ -123,44 +104,7 @@ def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
     assert wait(lambda: check(head).returncode == 0, 90, pause=2)
 
 
-def test_too_little_memory_before_a_load(cluster, sparks):
-    """The floor is a setting, so a test can raise it: refused with the arithmetic, and nothing runs."""
-    done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_FLOOR_GIB="999")
-    assert done.returncode != 0 and "memory-floor" in done.stderr and "left for the host" in done.stderr
-    assert not serving(sparks[0])
-
-
-def test_too_little_memory_during_a_load(cluster, sparks, terminal):
-    """The guard in the head's container ends the server, and its log says on which node and why."""
-    launch = terminal(
-        sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_ABORT_GIB="999"
-    )
-    launch.until("less than MEM_ABORT_GIB (999): ending the server", 90)
-    assert launch.process.wait(60) != 0
-    assert not serving(sparks[0])
-    lows = json.loads((sparks[0].cache / "node-ray/memory-low.json").read_text())
-    assert sorted(lows) == ["10.0.0.1", "10.0.0.2"]
-
-
-def test_an_option_that_the_image_does_not_know(cluster, sparks):
-    """Refused by the image's own list, with where to take it out; nothing runs."""
-    done = inv(
-        sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, SERVE_EXTRA="--swap-space 0"
-    )
-    assert done.returncode != 0 and "REFUSED options: --swap-space" in done.stderr and "SERVE_EXTRA" in done.stderr
-    assert not serving(sparks[0])
-
-
 def test_a_rule_that_nobody_has_cannot_be_allowed(sparks):
     """A name with a slip in it would pass over nothing, or everything."""
     done = inv(sparks[0], "check", "--model", "rehearsal", "--allow", "memlok")
     assert done.returncode != 0 and "--allow names memlok" in done.stderr
-
-
-def test_a_probe_that_fails_is_a_refusal(cluster, sparks):
-    """Ray's head stopped in its tracks: nobody can say that the nodes agree, so nothing is loaded."""
-    sparks[0].run("docker", "exec", "node-ray", "pkill", "-STOP", "gcs_server")
-    done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
-    sparks[0].run("docker", "exec", "node-ray", "pkill", "-CONT", "gcs_server")
-    assert done.returncode != 0 and "Traceback" not in done.stderr and not serving(sparks[0])
-    assert wait(lambda: check(sparks[0]).returncode == 0, 60, pause=2)
