@@ -16,7 +16,7 @@ from host import links
 from settings import models, resolve, version
 from settings.resolve import Settings
 
-# No flag can be left out of its place: Invoke would take what follows, even --help, for its value.
+# None of their values has a place: Invoke would take what follows the task, even --help, for the first of them.
 verb = partial(task, auto_shortflags=False, positional=[])
 
 MODEL = "the model, by the name of its profile: " + ", ".join(models.known())

@@ -52,7 +52,7 @@ def _ended(seen: Seen, server: Served) -> Verdict:
 
 
 def _lost(seen: Seen, server: Served) -> Verdict | None:
-    """A node without a rank, unless it loads still, or one that Ray has lost; unless a token just proved all alive.
+    """A node that Ray has lost, or one without a rank that does not load still; none if a token just proved all alive.
 
     One look that a busy node did not answer in time is no loss: then Ray was asked.
     """
