@@ -32,8 +32,14 @@ PROGRAMS = {
     "setpriv": "util-linux",
     "mount": "mount",
 }
-# What the tests need beside that: the head reaches its workers over ssh, and a person the API by curl.
-TESTS = {"curl": "curl", "sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
+# What the tests need beside that: the head reaches its workers over ssh, a person the API by curl.
+TESTS = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "curl": "curl",
+    "shellcheck": "shellcheck",
+}
 
 
 @dataclass(frozen=True)
