@@ -187,3 +187,7 @@ def _wait_for_head(address: str, seconds: int) -> None:
 
 def _model(settings: Settings) -> str:
     return f" --model {settings.model.name}" if settings.model else ""
+
+
+# The names of the rewritten module, until it is there.
+required_secrets = secrets

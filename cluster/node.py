@@ -152,3 +152,9 @@ def _nothing_up(found: Sequence[Link]) -> str:
         f"No data-plane link is up: found {seen}. Check the cable; after a warm reboot a port may stay down until a "
         "cold boot (power off, wait, power on). RDMA_HCAS= (set, but empty) goes on over TCP on purpose."
     )
+
+
+# The names of the rewritten module, until it is there.
+log_folder, node_log, node_environment = logs, log, environment
+network_remarks, head_commands, worker_commands = remarks, head, worker
+INSIDE = "/opt/inside"

@@ -144,3 +144,8 @@ def _inside(script: str, lines: Lines = (), settings: Settings | None = None, se
     handed = {name: value for name, value in settings.secrets().items() if name in secrets} if settings else {}
     needs = [name for name in secrets if name in required]
     return Command(outer + lines, "head", needs=needs, secrets=handed)
+
+
+# The names of the rewritten module, until it is there.
+api_url, server_log, serve_values, serve_words, launch_commands = url, log, values, words, commands
+start_command, recorder_command, follow_command, stop_command = start, recorder, follow, stop
