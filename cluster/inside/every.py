@@ -1,0 +1,35 @@
+"""Every node of the cluster, through Ray. A script beside this file uses it so, on the head:
+
+    actor = ray.remote(num_cpus=0)(Asker)
+    askers = {node["NodeID"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
+    answers = every.gather({key: asker.facts.remote() for key, asker in askers.items()}, seconds=15)
+
+`Asker` belongs to the script that is run, so Ray copies it to the nodes. Keep the actors in a variable until the
+answers are there: Ray ends an actor that nothing refers to.
+"""
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+def nodes():
+    """Connect to the Ray of this container; return its alive nodes, each as Ray describes it."""
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def pinned(node):
+    """Options for an actor or a task that must run on this node and on no other."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
+
+
+def gather(asked, seconds):
+    """Return each answer under its key; if it failed, the exception, and after so many seconds a GetTimeoutError."""
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
+    answers = {}
+    for key, reference in asked.items():
+        try:
+            answers[key] = ray.get(reference, timeout=0.01)
+        except Exception as error:
+            answers[key] = error
+    return answers
