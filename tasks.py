@@ -6,13 +6,12 @@ from functools import partial
 
 from invoke import Collection, Context, Exit, Task, task
 
-from cluster import detached, guards, image, leftovers, node, server
+from cluster import detached, guards, image, leftovers, links, node, server
 from cluster import logs as kept
 from cluster import plan as planned
 from cluster import token as tokens
 from command import run
 from command.command import Command, say, show, tell
-from host import links
 from settings import models, resolve, version
 from settings.resolve import Settings
 
@@ -281,9 +280,9 @@ def _settings(model: str | None, **flags: str | None) -> Settings:
 
 
 def _network(settings: Settings) -> node.Network:
-    found = links.read(settings["SYSFS"])
+    found = links.find_links(settings["SYSFS"])
     net = node.network(settings, found)
-    say(*links.remarks(found), *node.remarks(net))
+    say(*links.link_remarks(found), *node.remarks(net))
     return net
 
 

@@ -1,10 +1,129 @@
-"""Placeholder: names as the merged module will have them."""
-from host.engine import age as container_age
-from host.engine import ask as ask_container
-from host.engine import client, has_image
-from host.engine import environment as container_environment
-from host.engine import image as container_image
-from host.engine import labels as image_labels
-from host.engine import node as node_container
-from host.engine import ours as our_containers
-from host.engine import succeeds as succeeds_in_container
+"""This node's Docker Engine. The SDK only asks; whatever changes something is a docker command line.
+
+Functions here raise Exit with what to type if the Engine cannot be reached or answers with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING
+
+from invoke import Exit
+
+# A dry run needs no SDK, and would take 0.1 s longer with it. So each function imports it where it is used.
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from docker.models.containers import Container
+
+# The name is constant, so Docker itself refuses a second node on this host.
+CONTAINER = "node-ray"
+# The article called its containers node- and digits. A node-exporter is somebody else's.
+ARTICLE_CONTAINER = re.compile("node-[0-9]+")
+START = "sudo systemctl start docker"
+REMEDIES = {
+    "Permission denied": "sudo usermod -aG docker $USER; then log in again",
+    "No such file or directory": START,
+    "Connection refused": START,
+    "timed out": START,
+}
+
+
+@contextmanager
+def _or_exit(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except Exit:
+        raise
+    except Exception as error:  # the SDK raises its own, those of requests, ValueError, and plain Exception
+        cause = next((cause for cause in REMEDIES if cause in str(error)), str(error))
+        raise Exit(f"{failure}: {cause}. Type: {REMEDIES.get(cause, 'docker ps')}") from None
+
+
+@cache
+def client() -> DockerClient:
+    """Connect to the Engine that the docker command line would use."""
+    import docker
+    from docker.context import ContextAPI
+
+    if host := os.environ.get("DOCKER_HOST"):
+        with _or_exit(f"Docker cannot be reached at {host} (DOCKER_HOST)"):
+            return docker.from_env(timeout=30)
+    name = os.environ.get("DOCKER_CONTEXT")
+    with _or_exit("Docker's context cannot be read"):
+        context = ContextAPI.get_context(name)  # the current one, if there is no name
+    if context is None:
+        raise Exit(f"Docker has no context {name or 'of the name in its config.json'}. Type: docker context ls")
+    with _or_exit(f"Docker cannot be reached at {context.Host}"):
+        return docker.DockerClient(context.Host, tls=context.TLSConfig or False, timeout=30)
+
+
+def our_containers() -> list[Container]:
+    """Return the containers of this project and of the article, running or not."""
+    with _or_exit("Docker could not list its containers"):
+        found = client().containers.list(all=True, ignore_removed=True)
+    return [one for one in found if one.name == CONTAINER or ARTICLE_CONTAINER.fullmatch(one.name)]
+
+
+def node_container() -> Container | None:
+    """Return this node's container, running or not."""
+    return next((one for one in our_containers() if one.name == CONTAINER), None)
+
+
+def has_image(name: str) -> bool:
+    from docker.errors import ImageNotFound
+
+    with _or_exit(f"Docker could not say whether it has {name}"):
+        try:
+            client().images.get(name)
+        except ImageNotFound:
+            return False
+    return True
+
+
+def image_labels(name: str) -> dict[str, str]:
+    with _or_exit(f"Docker could not read the labels of {name}"):
+        return client().images.get(name).labels
+
+
+def container_environment(container: Container) -> dict[str, str]:
+    """Return the variables that the container started with."""
+    return dict(item.partition("=")[::2] for item in container.attrs["Config"]["Env"] or ())
+
+
+def container_image(container: Container) -> str:
+    """Return the image's name as it was when the container started."""
+    return container.attrs["Config"]["Image"]
+
+
+def container_age(container: Container) -> str:
+    created = datetime.fromisoformat(container.attrs["Created"][:19]).replace(tzinfo=UTC)
+    return age_in_words((datetime.now(UTC) - created).total_seconds())
+
+
+def age_in_words(seconds: float) -> str:
+    minutes = int(seconds // 60)
+    return f"{minutes // 1440} d" if minutes >= 2880 else f"{minutes // 60} h" if minutes >= 120 else f"{minutes} min"
+
+
+def ask_container(container: Container, *words: str) -> str:
+    """Run a command in the container and return its standard output. Raises Exit with its last lines if it fails."""
+    status, out, err = _execute(container, words)
+    if status != 0:
+        tail = " / ".join((err + out).strip().splitlines()[-3:]) or "it said nothing"
+        raise Exit(f"{words[0]} in {container.name} failed ({status}): {tail}")
+    return out
+
+
+def succeeds_in_container(container: Container, *words: str) -> bool:
+    return _execute(container, words)[0] == 0
+
+
+def _execute(container: Container, words: tuple[str, ...]) -> tuple[int, str, str]:
+    with _or_exit(f"Docker could not run {words[0]} in {container.name}"):
+        status, (out, err) = container.exec_run(list(words), demux=True)
+    return status, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from invoke import Exit
 
-from cluster import token
+from cluster import links, token
+from cluster.links import Link
 from command import template
 from command.command import Command
-from host import links
-from host.links import Link
 from settings.resolve import Settings
 
 CONTAINER = "node-ray"
@@ -64,7 +63,7 @@ def network(settings: Settings, found: Sequence[Link], address: str | None = Non
     alone = settings.model and settings.world_size() == 1
     if not hcas and "RDMA_HCAS" not in settings and not alone:
         raise Exit(_nothing_up(found))
-    address = address or settings.get("VLLM_HOST_IP") or links.ipv4(settings["PRIMARY_IF"])
+    address = address or settings.get("VLLM_HOST_IP") or links.ipv4_address(settings["PRIMARY_IF"])
     if not address:
         raise Exit(
             f"PRIMARY_IF ({settings.origin('PRIMARY_IF')}) is {settings['PRIMARY_IF']}, which has no IPv4 address "

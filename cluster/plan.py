@@ -2,10 +2,9 @@
 
 import re
 
-from cluster import node, server
+from cluster import links, node, server
+from cluster.links import Link
 from command.command import Command, say
-from host import links
-from host.links import Link
 from settings.models import ROOT
 from settings.resolve import Settings
 
@@ -19,7 +18,7 @@ def commands(settings: Settings) -> list[Command]:
             f"Warning: {settings.model.name} needs {want} workers beside the head, and WORKER_IP "
             f"({settings.origin('WORKER_IP')}) names {have}: as it stands, launch would refuse."
         )
-    found = links.read(settings["SYSFS"])
+    found = links.find_links(settings["SYSFS"])
     if not any(link.up for link in found):
         found = _documented()
     planned = node.head(settings, node.network(settings, found, settings["HEAD_NODE_IP"]))

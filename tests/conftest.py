@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from invoke import Config, Context, Exit
 from invoke.parser import Parser
 
 import tasks
-from host import links
+from cluster import links
 from settings import envfile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +76,7 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The IPv4 address of each netdev of this machine, to be changed by a test."""
     made = {netdev: f"10.0.{number}.1" for number, (_, netdev) in enumerate(SPARK)}
     made["enp1s0f1np1"] = "10.0.0.1"
-    monkeypatch.setattr(links, "ipv4", made.get)
-    monkeypatch.setattr(links, "read", partial(links.read, address=made.get))
+    monkeypatch.setattr(links, "ipv4_address", made.get)
     return made
 
 

@@ -16,6 +16,7 @@ from invoke import Exit
 from requests.exceptions import JSONDecodeError
 
 from checks import nodes
+from cluster import engine as asking
 from cluster import guards, leftovers, token
 from cluster.node import Network
 from host import engine
@@ -225,7 +226,7 @@ def test_cleanup_asks(typed, removed, docker, capfd, operator):
 
 
 @pytest.mark.parametrize(
-    "asked", [engine.ours, lambda: engine.has_image("an image"), lambda: engine.labels("an image")],
+    "asked", [asking.our_containers, lambda: asking.has_image("an image"), lambda: asking.image_labels("an image")],
     ids=["containers", "image", "labels"],
 )  # fmt: skip
 @pytest.mark.parametrize("error", [APIError("500 Server Error"), JSONDecodeError("Expecting value", "", 0)], ids=repr)
@@ -236,7 +237,7 @@ def test_an_engine_that_answers_with_an_error_is_a_sentence(asked, error, operat
         raise error
 
     ill = SimpleNamespace(list=fails, get=fails)
-    operator.setattr(engine, "client", lambda: SimpleNamespace(containers=ill, images=ill))
+    operator.setattr(asking, "client", lambda: SimpleNamespace(containers=ill, images=ill))
     with pytest.raises(Exit, match=r"^Docker could not .*\. Type: docker ps$"):
         asked()
 
@@ -244,8 +245,8 @@ def test_an_engine_that_answers_with_an_error_is_a_sentence(asked, error, operat
 def test_an_address_of_docker_that_is_none_is_a_sentence(operator):
     """A port out of range is no traceback."""
     operator.setenv("DOCKER_HOST", "tcp://127.0.0.1:99999")
-    with pytest.raises(Exit, match=r"^Docker cannot be reached at tcp://127\.0\.0\.1:99999: "):
-        engine.client.__wrapped__()
+    with pytest.raises(Exit, match=r"^Docker cannot be reached at tcp://127\.0\.0\.1:99999 \(DOCKER_HOST\): "):
+        asking.client.__wrapped__()
 
 
 def test_the_tokens_lines_copy_it_wherever_it_is(operator, tmp_path, capfd):

@@ -30,11 +30,11 @@ def test_one_module_starts_processes():
 
 
 def test_settings_are_read_in_one_place():
-    """Only settings/ reads the environment for a setting; host/engine asks for the Engine's own address."""
+    """Only settings/ reads the environment for a setting; cluster/engine.py asks for the Engine's own address."""
     assert _files_with(r"os\.environ|getenv", MODULES) == {
         "settings/resolve.py",
         "command/command.py",
-        "host/engine.py",
+        "cluster/engine.py",
     }
 
 

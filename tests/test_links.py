@@ -1,9 +1,11 @@
-"""The data plane, read from sysfs trees: what is used, what is said, and what is refused."""
+"""Links, read from made-up sysfs trees: which are used, what the operator is told, and what is refused."""
 
 import re
 import shlex
 
 import pytest
+
+from cluster.links import ipv4_address
 
 UP = ("enp1s0f0np0", "enp1s0f1np1", "enP2p1s0f0np0", "enP2p1s0f1np1")
 PORT_0, PORT_1 = (UP[0], UP[2]), (UP[1], UP[3])
@@ -14,7 +16,7 @@ SOCKETS = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_incl
 
 @pytest.fixture
 def head(inv, sysfs):
-    """Types `inv --dry head` on a machine with these links; says what was exported and what was said."""
+    """Types `inv --dry head` on a machine with these links. Returns exports, remarks, all that was said."""
 
     def typed(flags: str = "", tree: dict | None = None, **shell: str):
         said = inv(f"--dry head {flags}", **({"SYSFS": str(sysfs(**tree))} if tree else {}), **shell)
@@ -33,7 +35,7 @@ def _uses(env: dict[str, str], netdevs: set[str], hcas: set[str]) -> None:
 
 
 def test_all_links_up(head):
-    """With both cables in, all four halves carry data, and there is nothing to remark."""
+    """With both cables in, all four links carry data, and no remark is made."""
     env, remarks, _ = head()
     _uses(env, set(UP), {HCAS[netdev] for netdev in UP})
     assert remarks == []
@@ -41,7 +43,7 @@ def test_all_links_up(head):
 
 @pytest.mark.parametrize(("down", "port"), [(PORT_0, "f0"), (PORT_1, "f1")])
 def test_one_cable_is_normal(down, port, head):
-    """A whole port down is a note: its two halves are left out, a down device can stall NCCL."""
+    """A port that is down is a note. Both its halves are left out, because a device that is down can stall NCCL."""
     env, remarks, _ = head(tree={"down": down})
     up = set(UP) - set(down)
     _uses(env, up, {HCAS[netdev] for netdev in up})
@@ -51,7 +53,7 @@ def test_one_cable_is_normal(down, port, head):
 
 @pytest.mark.parametrize("down", UP)
 def test_half_a_port_is_a_warning(down, head):
-    """One half of a port down halves the cable's rate: the half is named, and the cold boot that has mended it."""
+    """A half that is down halves the cable's rate: a warning names it, and the cold boot that helps."""
     env, remarks, _ = head(tree={"down": (down,)})
     _uses(env, set(UP) - {down}, {HCAS[netdev] for netdev in UP if netdev != down})
     (warning,) = remarks
@@ -59,7 +61,7 @@ def test_half_a_port_is_a_warning(down, head):
 
 
 def test_one_cable_and_half_of_it(head):
-    """Each port is judged by itself: a note for the one without a cable, a warning for the half."""
+    """Each port is judged alone: a note for the port without a cable, a warning for the half."""
     _, remarks, _ = head(tree={"down": (*PORT_0, UP[1])})
     assert [remark.split(":")[0] for remark in remarks] == ["Note", "Warning"]
 
@@ -67,34 +69,34 @@ def test_one_cable_and_half_of_it(head):
 @pytest.mark.parametrize("flags", ["", "--model nemotron"])
 @pytest.mark.parametrize("tree", [{"down": UP}, {"devices": ()}], ids=["all down", "no RoCE"])
 def test_no_link_at_all_is_refused(tree, flags, head):
-    """Without a data link two nodes would crawl: refused, with the cold boot and the way on purpose."""
+    """Without any link two nodes would be very slow: refused, with the cold boot, and how to use TCP on purpose."""
     _, _, said = head(flags, tree)
     assert said.code and said.out == ""
     assert "No data-plane link is up" in said.err and "cold boot" in said.err and "RDMA_HCAS=" in said.err
 
 
 def test_a_worker_without_a_link_is_refused_too(inv, sysfs):
-    """The same holds on every node."""
+    """A worker without a link is refused like a head."""
     assert "No data-plane link is up" in inv("--dry worker", SYSFS=str(sysfs(down=UP))).err
 
 
 def test_a_model_for_one_node_needs_no_link(head):
-    """Where TP times PP is one there is nobody to talk to: TCP, and no refusal."""
+    """A model whose TP times PP is one needs no other node: it is not refused, and NCCL's RDMA is off."""
     env, _, said = head("--model qwen-30b", {"down": UP}, TP_SIZE="1")
     assert said.code == 0 and env["NCCL_IB_DISABLE"] == "1" and "NCCL_IB_HCA" not in env
 
 
 @pytest.mark.parametrize("tree", [{}, {"down": UP}, {"devices": ()}], ids=["all up", "all down", "no RoCE"])
 def test_tcp_on_purpose(tree, head):
-    """`RDMA_HCAS=` turns RDMA off, says so, and leaves the sockets that there are."""
+    """`RDMA_HCAS=` turns RDMA off, tells the operator so, and keeps the interfaces for sockets."""
     env, _, said = head("", tree, RDMA_HCAS="")
     assert env["NCCL_IB_DISABLE"] == "1" and "NCCL_IB_HCA" not in env
     assert set(env["UCX_NET_DEVICES"].split(",")) == (set(UP) if tree == {} else {"enp1s0f1np1"})
     assert "TCP" in said.err
 
 
-def test_the_twin_without_an_address_carries_rdma_alone(head, addresses):
-    """A half without IPv4 is in the RoCE lists and not in the socket lists, where it would be an error."""
+def test_a_half_without_an_address_carries_only_rdma(head, addresses):
+    """A half without IPv4 is in the RoCE lists, but not in the socket lists, where it would be an error."""
     del addresses["enP2p1s0f0np0"], addresses["enP2p1s0f1np1"]
     env, remarks, _ = head()
     _uses(env, {"enp1s0f0np0", "enp1s0f1np1"}, set(HCAS.values()))
@@ -102,14 +104,14 @@ def test_the_twin_without_an_address_carries_rdma_alone(head, addresses):
 
 
 def test_without_any_address_the_sockets_use_the_control_link(head, addresses):
-    """Where no data link has IPv4 the sockets go over PRIMARY_IF."""
+    """If no link has an IPv4 address, sockets use PRIMARY_IF."""
     addresses.clear()
     env, _, _ = head(VLLM_HOST_IP="10.0.0.1", PRIMARY_IF="eth0")
     _uses(env, {"eth0"}, set(HCAS.values()))
 
 
-def test_foreign_names(head, addresses):
-    """Nothing depends on a Spark's names: two one-function cards are two ports."""
+def test_interfaces_may_have_any_name(head, addresses):
+    """Nothing depends on the interface names of a Spark: two cards of one function each are two ports."""
     addresses |= {"eth0": "10.1.0.1", "ibs5": "10.1.1.1"}
     env, remarks, _ = head(
         tree={"devices": (("mlx5_0", "eth0"), ("mlx5_1", "ibs5"), ("mlx5_2", "eth9")), "down": ("eth9",)}
@@ -119,21 +121,21 @@ def test_foreign_names(head, addresses):
 
 
 @pytest.mark.parametrize("tree", [{}, {"down": UP}, {"devices": ()}], ids=["all up", "all down", "no RoCE"])
-def test_what_the_operator_says_wins(tree, head):
-    """Explicit DATA_IFS and RDMA_HCAS are used as they are, whatever sysfs says."""
+def test_the_operators_links_win(tree, head):
+    """DATA_IFS and RDMA_HCAS that an operator sets are used unchanged, whatever sysfs says."""
     env, _, said = head("", tree, RDMA_HCAS="mlx5_7,mlx5_8", DATA_IFS="eth7")
     _uses(env, {"eth7"}, {"mlx5_7", "mlx5_8"})
     assert "RDMA_HCAS = mlx5_7,mlx5_8 (shell)" in said.err
 
 
 def test_the_gid_index_is_never_made_up(head):
-    """NCCL_IB_GID_INDEX is the operator's or nobody's."""
+    """NCCL_IB_GID_INDEX is set only if the operator sets it."""
     assert "NCCL_IB_GID_INDEX" not in head()[0]
     assert head(NCCL_IB_GID_INDEX="3")[0]["NCCL_IB_GID_INDEX"] == "3"
 
 
 def test_a_link_is_up_when_carrier_and_operstate_say_so(head, sysfs):
-    """A cable alone is not up; and a link that is administratively down will not tell: that is down, not an error."""
+    """A link is up with both carrier and operstate. An interface whose carrier cannot be read is down, not an error."""
     root = sysfs(down=("none",))
     (root / "class/net/enp1s0f0np0/carrier").unlink()
     (root / "class/net/enp1s0f1np1/operstate").write_text("dormant\n")
@@ -142,7 +144,7 @@ def test_a_link_is_up_when_carrier_and_operstate_say_so(head, sysfs):
 
 
 def test_the_nodes_own_address_is_that_of_the_control_link(head, addresses):
-    """VLLM_HOST_IP is read from PRIMARY_IF unless it is said; without either the interface is named."""
+    """VLLM_HOST_IP is PRIMARY_IF's address unless it is set. An interface without an address is named."""
     addresses["enp1s0f1np1"] = "192.168.5.5"
     assert head()[0]["VLLM_HOST_IP"] == "192.168.5.5"
     assert head(VLLM_HOST_IP="10.7.7.7")[0]["VLLM_HOST_IP"] == "10.7.7.7"
@@ -151,8 +153,6 @@ def test_the_nodes_own_address_is_that_of_the_control_link(head, addresses):
 
 
 def test_the_address_of_a_real_interface(operator):
-    """This machine's own loopback has the address that everybody knows, and no interface has none."""
-    from host import links
-
-    assert links.ipv4("lo") == "127.0.0.1"
-    assert links.ipv4("no-such-if") is None
+    """This machine's loopback has its known address, and a missing interface has none."""
+    assert ipv4_address("lo") == "127.0.0.1"
+    assert ipv4_address("no-such-if") is None

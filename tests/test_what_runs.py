@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from invoke import Exit
 
-from cluster import image, leftovers, node, plan, server
+from cluster import image, leftovers, links, node, plan, server
 from command import run, template
 from command.command import Command
 from fleet import down, up
-from host import links
 from settings import models, resolve
 from settings.resolve import Settings
 from vitals import health, load
@@ -139,7 +138,7 @@ def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp
     (tmp_path / "node-ray").mkdir()  # bash itself opens the log, and the mkdir here makes nothing
     shell = {"CACHE_DIR": str(tmp_path), "WORKER_HOSTS": "spark-2,spark-3,spark-4", "TP_SIZE": "4"}
     settings = _settings("nemotron", sysfs(), **shell)
-    folders, container, *rest = up.commands(settings, node.network(settings, links.read(settings["SYSFS"])))
+    folders, container, *rest = up.commands(settings, node.network(settings, links.find_links(settings["SYSFS"])))
     pasted(inv("--dry up --model nemotron", **shell).out + "wait\n")
     (asked,) = (template.words(lines) for lines in container.asks.values())
     _check([folders, *rest], [(words, env) for words, env in calls() if words != asked])
