@@ -1,7 +1,13 @@
 """House rules that a reader relies on: who starts processes, what a template may hold, what a start costs."""
 
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = sorted(file for file in ROOT.glob("*/*.j2") if file.parent.name != "tests")
@@ -69,3 +75,31 @@ def test_no_template_knows_a_secret_or_the_role():
 def test_there_is_one_docker_run_of_a_node():
     """The wrapper stands once in the repository."""
     assert [file.name for file in TEMPLATES if "--device=/dev/infiniband" in file.read_text()] == ["ray_container.j2"]
+
+
+# --- Other programs' opinion; slower, so not among the fast tests ------------------------------------------------------
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("words", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_finds_nothing(words: Sequence[str]):
+    """The code has no finding of lint and no line that the formatter would change."""
+    checked = _said(sys.executable, "-m", "ruff", *words, "--quiet", "--no-cache", ROOT)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.rehearsal
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck: apt-get install -y shellcheck")
+def test_shellcheck_finds_nothing():
+    """Every shell script that has a first line of its own is checked."""
+    scripts = [file for file in (ROOT / "inv", ROOT / ".ci/run", *ROOT.glob("*/*/*")) if _is_shell(file)]
+    checked = _said("shellcheck", *scripts)
+    assert checked.returncode == 0, checked.stdout
+
+
+def _is_shell(file: Path) -> bool:
+    return file.is_file() and bool(re.match(rb"#!.*\b(sh|bash)\n", file.read_bytes()[:100]))
+
+
+def _said(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
