@@ -1,17 +1,354 @@
-"""Placeholder: names as the merged module will have them."""
-from command import run as _run
-from command.command import Command, say, show, tell
-from command.run import LOG_BYTES, Child, TooLate, answers, become, detach, held
-from command.run import following as stream
-from command.run import lines as stream_lines
-from command.template import Lines, names, printable, render
-from command.template import text as text_of
-from command.template import words as words_of
+"""Command lines: written by a template, shown as text to paste, and started in one of four ways.
+
+A template is rendered to lines of words, one flag with its value per line. The same words are printed, tested and run.
+"""
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, NoReturn, TypeAlias
+
+from invoke import Exit
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.exceptions import TemplateNotFound, TemplateSyntaxError
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRETS = ("HF_TOKEN", "VLLM_API_KEY")
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+LOG_BYTES = 64 * 2**20
+# `stop` kills a server that has not ended after 31 s. The rest is for a slow Docker Engine.
+WHOLE_S = 120
+
+Lines: TypeAlias = tuple[tuple[str, ...], ...]
+Child: TypeAlias = subprocess.Popen[str]
+TooLate = subprocess.TimeoutExpired
 
 
-def run(command, *, capture=False, seconds=None, whole=False, heard=None):
-    if heard:
-        return _run.told(command, heard, seconds)
-    if capture:
-        return _run.output(command, seconds)
-    return (_run.run_whole if whole else _run.run)(command) or ""
+# --- Templates -------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return text unchanged. Raise ValueError if it holds control or invisible characters, or undecodable bytes."""
+    if not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in text):
+        raise ValueError(text)
+    return text
+
+
+def _quote(value: object) -> str:
+    if value is None:
+        raise ValueError("a template printed None")
+    return shlex.quote(printable(str(value)))
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader([ROOT / "templates", ROOT]),
+        finalize=_quote,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # the optimizer looks for constants, of which there are few, and slows every start
+    )
+    environment.filters["words"] = shlex.split
+    return environment
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise Exit(f"{error.name or name}, line {error.lineno}, is no template: {error.message}") from None
+    except (TemplateNotFound, OSError, UnicodeDecodeError) as error:
+        raise Exit(f"The template {name} cannot be read: {error}") from None
+
+
+def render(name: str, **values: object) -> Lines:
+    """Render the template called name. Every value is quoted; a name without a value raises jinja2.UndefinedError."""
+    with _readable(name):
+        template = _templates().get_template(name)
+    return tuple(_split(line) for line in template.render(values).split("\n") if line.strip())
+
+
+def _split(line: str) -> tuple[str, ...]:
+    # shlex.split reads character by character, which every start would feel. Most lines hold no quote.
+    return tuple(shlex.split(line) if {"'", '"', "\\"} & set(line) else line.split())
+
+
+@cache
+def template_names(name: str) -> frozenset[str]:
+    """Return the names in capitals that the template called name uses, also through a template that it extends.
+
+    Only Jinja's lexer reads the template: its parser would take as long as the rendering.
+    """
+    environment = _templates()
+    with _readable(name):
+        source = environment.loader.get_source(environment, name)[0] if environment.loader else ""
+        tokens = [(kind, text) for _, kind, text in environment.lex(source) if kind in ("name", "string")]
+    parents = [text.strip("\"'") for (_, word), (_, text) in pairwise(tokens) if word == "extends"]
+    used = {word for kind, word in tokens if kind == "name" and word.isupper()}
+    return frozenset(used.union(*(template_names(parent) for parent in parents)))
+
+
+def words_of(lines: Lines) -> list[str]:
+    """Return the command as one list of words, as execve takes it."""
+    return [word for line in lines for word in line]
+
+
+def text_of(lines: Lines) -> str:
+    """Return the command as a person pastes it into bash: one flag per line, continued with a backslash."""
+    return " \\\n  ".join(shlex.join(line) for line in lines)
+
+
+# --- A command -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, and the variables that it takes from its environment instead of from its words."""
+
+    lines: Lines
+    where: str = ""  # the node that it runs on, for the person who reads it
+    env: Mapping[str, str] = field(default_factory=dict)
+    asks: Mapping[str, Lines] = field(default_factory=dict)  # variables whose value is the output of a command
+    needs: Sequence[str] = ()  # secrets that must be set
+    secrets: Mapping[str, str] = field(default_factory=dict)  # secrets that are handed on
+    log: Path | None = None  # the file that a detached command writes to
+    alias: str = ""  # stands for the words in messages, because an operator's own command may hold a secret
+
+    @property
+    def words(self) -> list[str]:
+        """The command as execve takes it."""
+        return words_of(self.lines)
+
+    @property
+    def text(self) -> str:
+        """The command as a person pastes it into bash, after its variables. No secret's value is in it."""
+        before = [f"# {self.where}"] if self.where else []
+        before += [f"export {name}={shlex.quote(value)}" for name, value in self.env.items()]
+        before += [f'export {name}="$({shlex.join(words_of(lines))})"' for name, lines in self.asks.items()]
+        # `&&` makes one list of this and the command: an interactive bash would run the next line without the secret.
+        before += [f': "${{{name}:?}}" && \\' for name in (*self.asks, *self.needs)]
+        command = text_of((("setsid",), *self.lines) if self.log else self.lines)
+        output = [f"</dev/null >>{shlex.quote(str(self.log))} 2>&1 &"] if self.log else []
+        return "\n".join([*before, " \\\n  ".join([command, *output])])
+
+    def environ(self) -> dict[str, str]:
+        """Return this process's environment without its secrets, with the command's own variables and secrets."""
+        inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        return inherited | dict(self.env) | dict(self.secrets)
+
+
+def say(*lines: str) -> None:
+    """Print to standard error, because standard output is for command lines. A lost terminal is no error."""
+    if sys.stderr is None:  # print(file=None) would print to standard output
+        return
+    with suppress(OSError):
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+def show(*commands: Command) -> None:
+    """Print the commands to standard output, and nothing else."""
+    tell("\n\n".join(command.text for command in commands))
+
+
+def tell(text: str) -> None:
+    """Print a task's result to standard output."""
+    # SIGPIPE ends this process quietly if the reader has ended (`| head`). Elsewhere a closed socket must not end it.
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        print(text, flush=True)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+# --- Signals ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle these signals during the block, except those that are ignored: `nohup` has SIGHUP ignored."""
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Hold Ctrl-C, SIGHUP and SIGTERM until the block has ended. Then the first of them is sent again."""
+    got: list[int] = []
+    try:
+        with handling((signal.SIGINT, *ENDINGS), lambda number, _: got.append(number)):
+            yield
+    finally:
+        if got:
+            os.kill(os.getpid(), got[0])
+
+
+# --- Four ways to start a process ------------------------------------------------------------------------------------
+
+
+def run(
+    command: Command,
+    *,
+    capture: bool = False,
+    seconds: float | None = None,
+    whole: bool = False,
+    heard: str | None = None,
+) -> str:
+    """Run a command to its end. Its text and its output go to standard error.
+
+    capture: return its standard output instead, stripped, and show nothing.
+    heard: the same, but show each line of its standard error as it comes, after the name of this host.
+    seconds: kill the command and what it has started after this time.
+    whole: hold signals until the command has ended; it gets WHOLE_S if seconds is not given.
+    Raises Exit with the command's status (128 + signal), and with its last lines if these were not shown.
+    """
+    quiet = capture or heard is not None
+    if not quiet and not command.alias:
+        say(command.text)
+    if whole and seconds is None:
+        seconds = WHOLE_S
+    output = subprocess.PIPE if quiet else sys.stderr or subprocess.DEVNULL
+    # A process group of its own can be killed as one, and is not reached by the terminal's Ctrl-C.
+    own_group = quiet or seconds is not None
+    said: deque[str] = deque()
+    last: deque[str] = deque(maxlen=12)
+    with held() if whole else nullcontext():
+        child = _start(command, stdout=output, stderr=output, process_group=0 if own_group else None)
+        readers = [_reader(child.stdout, said), _reader(child.stderr, last, heard)] if quiet else []
+        try:
+            status = child.wait(seconds)
+            for reader in readers:
+                reader.join(1)  # a process that the command has left behind may hold the pipe open
+            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+        except TooLate:
+            status, how = -signal.SIGKILL, f"did not end within {seconds:.0f} s and {_kill(child)}"
+        except BaseException:
+            if own_group:
+                _kill(child)
+            raise
+    if status:
+        name = command.alias or shlex.join(command.words[:3])
+        tail = "".join(f"\n  {line}" for line in last) if heard else " " + " / ".join([*(last or said)][-3:])
+        text = f"{name} {how}:{tail}" if last or said else f"{name} {how}."
+        raise Exit(text, code=status if status > 0 else 128 - status)
+    return "\n".join(said).strip()
+
+
+def _reader(stream: IO[str] | None, lines: deque[str], host: str | None = None) -> threading.Thread:
+    def read() -> None:
+        for line in stream or ():
+            lines.append(line.rstrip())
+            if host is not None:
+                say(f"{host} | {lines[-1]}")
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def _kill(child: Child) -> str:
+    """Kill the child's process group, and return how that went."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait(1)
+    except (OSError, TooLate):  # sudo has made it another user's, or a driver hangs in the kernel
+        return f"could not be killed (process {child.pid})"
+    return "was killed"
+
+
+def become(command: Command) -> NoReturn:
+    """Replace this process by the command, which then gets the signals and gives the exit status."""
+    say(command.text)
+    env = _environment(command)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and the command would inherit that
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        os.execvpe(command.words[0], command.words, env)
+    except OSError as error:
+        raise _not_started(command, error) from None
+
+
+@contextmanager
+def stream(command: Command) -> Iterator[Iterator[str]]:
+    """Run a command during the block, and yield its standard output line by line, as it comes.
+
+    The end of the block ends the command: its input is closed, then SIGTERM is sent. A process in a container gets only
+    the former. SIGHUP and SIGTERM to this process end both, unless somebody handles them already.
+    """
+    say(command.text)
+    unhandled = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    with (
+        handling(unhandled, lambda number, _: sys.exit(128 + number)),
+        _start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child,
+    ):
+        try:
+            yield (line.rstrip() for line in child.stdout or ())
+        finally:
+            if child.stdin:
+                child.stdin.close()
+            child.terminate()
+
+
+def detach(command: Command) -> tuple[Child, int]:
+    """Start a command in a session of its own, so that it outlives this process and its terminal.
+
+    Its output goes to its log, which is moved aside first if it has more than LOG_BYTES. Returns the process, and where
+    in the log its output begins, in bytes. Raises Exit if the log cannot be written.
+    """
+    say(command.text)
+    log = command.log
+    assert log is not None
+    try:
+        if log.exists() and log.stat().st_size > LOG_BYTES:
+            log.replace(f"{log}.1")
+        with log.open("a") as file:
+            begun = file.tell()
+            return _start(command, stdout=file, stderr=file, start_new_session=True), begun
+    except OSError as error:
+        look = "df -h" if error.errno == errno.ENOSPC else "ls -ld"
+        raise Exit(f"{log} cannot be written: {error.strerror}. Type: {look} {log.parent}") from None
+
+
+def answers(command: Command) -> dict[str, str]:
+    """Return the output of each command in `asks`, by the name of its variable."""
+    return {name: run(Command(lines), capture=True) for name, lines in command.asks.items()}
+
+
+def _environment(command: Command) -> dict[str, str]:
+    asked = answers(command)
+    say(*(f"{name} is {value}" for name, value in asked.items()))
+    return command.environ() | asked
+
+
+def _start(command: Command, **options: Any) -> Child:  # noqa: ANN401 - those of Popen
+    options = {"stdin": subprocess.DEVNULL} | options
+    env = _environment(command)
+    try:
+        return subprocess.Popen(command.words, env=env, text=True, errors="replace", **options)
+    except OSError as error:
+        raise _not_started(command, error) from None
+
+
+def _not_started(command: Command, error: OSError) -> Exit:
+    return Exit(f"{command.alias or command.words[0]} cannot be started: {error.strerror}.")

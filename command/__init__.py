@@ -1,1 +1,1 @@
-"""A command line from template to process: `template` writes its words, `command` shows them, `run` starts them."""
+"""Placeholder: the old names of cluster/command.py, for modules that are not rewritten yet."""

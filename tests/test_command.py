@@ -1,34 +1,37 @@
 """The command layer: from template to words, and from words to a process with its signals and exit status."""
 
+import errno
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from invoke import Exit
 from jinja2 import UndefinedError
 
-from command import run, template
-from command.command import Command, tell
+from cluster import command
+from cluster.command import ENDINGS, Command, become, held, run, say, stream, tell, text_of, words_of
 
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Renders a template of this text."""
 
-    def render(text: str, **values: object) -> template.Lines:
+    def render(text: str, **values: object) -> command.Lines:
         (tmp_path / "it.j2").write_text(text)
-        monkeypatch.setattr(template, "ROOT", tmp_path)
-        template._environment.cache_clear()
-        return template.render("it.j2", **values)
+        monkeypatch.setattr(command, "ROOT", tmp_path)
+        command._templates.cache_clear()
+        return command.render("it.j2", **values)
 
     yield render
-    template._environment.cache_clear()
+    command._templates.cache_clear()
 
 
 def test_a_missing_value_is_an_error(written):
@@ -55,14 +58,14 @@ def test_a_value_is_one_word_wherever_it_stands(value, written):
     """Each `{{ … }}` is quoted, also beside other text, and nothing is exempt."""
     lines = written("docker --name={{ it }} {{ it }}:/x\n{{ it }}\n", it=value)
     assert lines == (("docker", f"--name={value}", f"{value}:/x"), (str(value),))
-    assert shlex.split(template.text(lines).replace("\\\n", "")) == template.words(lines)
+    assert shlex.split(text_of(lines).replace("\\\n", "")) == words_of(lines)
 
 
 def test_text_is_what_bash_reads_back():
     """The text of a command, pasted, is the same words."""
     lines = (("printf", "%s\\0"), ("a b", "$HOME"), ("`id`",), ("\\",), ("'",), ("",))
-    done = subprocess.run(["bash"], input=template.text(lines), capture_output=True, text=True, check=True)
-    assert done.stdout.split("\0")[:-1] == template.words(lines)[2:]
+    done = subprocess.run(["bash"], input=text_of(lines), capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0")[:-1] == words_of(lines)[2:]
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def _sh(text: str) -> Command:
 def test_become_is_the_program():
     """The process id, standard output and exit status are the program's own, and it ignores no signal."""
     text = "echo $$; sh -c 'kill -PIPE $$'; echo $?; exit 7"
-    with _child(lambda: (print("before"), run.become(_sh(text)))) as child:
+    with _child(lambda: (print("before"), become(_sh(text)))) as child:
         assert child.out.read() == f"before\n{child.pid}\n{128 + signal.SIGPIPE}\n"
         assert child.err.read() == f"{shlex.join(['sh', '-c', text])}\n"
         assert child.status() == 7
@@ -111,93 +114,165 @@ def test_become_refuses_what_is_not_there(monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # a folder on it that cannot be read would be another sentence
     before = signal.getsignal(signal.SIGPIPE)
     with pytest.raises(Exit, match=r"no-such-program cannot be started: No such file or directory\."):
-        run.become(Command((("no-such-program",),)))
+        become(Command((("no-such-program",),)))
     signal.signal(signal.SIGPIPE, before)
 
 
-@pytest.mark.parametrize("started", [run.run, run.run_whole, run.output], ids=lambda started: started.__name__)
-def test_a_program_that_is_not_there_is_a_sentence(started, capfd):
-    """However it is started, a missing program is no traceback."""
-    with pytest.raises(Exit, match="no-such-program"):
-        started(Command((("no-such-program",),)))
+@pytest.mark.parametrize("how", [{}, {"whole": True}, {"capture": True}, {"heard": "spark-2"}], ids=str)
+def test_a_program_that_is_missing_is_named(how, capfd):
+    """No way to run a command ends in a traceback."""
+    with pytest.raises(Exit, match=r"no-such-program cannot be started: No such file or directory\."):
+        run(Command((("no-such-program",),)), **how)
 
 
-@pytest.mark.parametrize("started", [run.run, run.run_whole], ids=lambda started: started.__name__)
-def test_an_exit_status_is_passed_on(started, capfd):
-    """A command that fails ends the run with its status; one that does well says nothing more."""
-    with pytest.raises(Exit, match="failed with status 3") as failed:
-        started(Command((("sh", "-c", "exit 3"),)))
-    assert failed.value.code == 3
-    assert started(Command((("true",),))) is None
+@pytest.mark.parametrize("how", [{}, {"whole": True}, {"capture": True}, {"heard": "spark-2"}], ids=str)
+@pytest.mark.parametrize(
+    ("end", "said", "status"),
+    [("exit 3", "failed with status 3", 3), ("kill -TERM $$", "was ended by SIGTERM", 143)],
+)
+def test_an_exit_status_is_passed_on(end, said, status, how, capfd):
+    """A command that fails ends the task with its status, or with 128 and its signal as a shell does."""
+    with pytest.raises(Exit, match=said) as failed:
+        run(_sh(end), **how)
+    assert failed.value.code == status
+    assert run(_sh("exit 0"), **how) == ""
 
 
 def test_what_a_command_says_goes_to_standard_error(capfd):
-    """Standard output is for command lines; a command that runs, and its text, are told to the person."""
-    run.run(Command((("echo", "said"),), "this node", {"A": "b c"}))
+    """Standard output is for command lines: the text of a command that runs, and its output, go to standard error."""
+    run(Command((("echo", "said"),), "this node", {"A": "b c"}))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "# this node\nexport A='b c'\necho said\nsaid\n")
 
 
+def test_a_closed_standard_error_drops_what_is_said(monkeypatch, capfd):
+    """With `2>&-` no note gets between the command lines on standard output, and commands run all the same."""
+    monkeypatch.setattr(sys, "stderr", None)
+    say("a note")
+    run(_sh("echo output; echo error >&2"))
+    monkeypatch.undo()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_captured_output_is_returned_and_not_shown(capfd):
+    """Neither the command nor its output is shown. If it fails, its last three lines say why."""
+    assert run(_sh("echo '  two  '; echo lines; echo error >&2"), capture=True) == "two\nlines"
+    with pytest.raises(Exit, match=r"^sh -c .* failed with status 3: 2 / 3 / 4$"):
+        run(_sh("for i in 1 2 3 4; do echo $i >&2; done; exit 3"), capture=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_command_on_a_host_is_heard_as_it_runs(capfd):
+    """Each line of its standard error is shown after the name of its host. Its standard output is returned."""
+    assert run(_sh("echo one >&2; echo '  two ' >&2; echo id"), heard="spark-2") == "id"
+    assert capfd.readouterr() == ("", "spark-2 | one\nspark-2 |   two\n")
+    with pytest.raises(Exit) as failed:
+        run(_sh("for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do echo $i >&2; done; exit 3"), heard="spark-2")
+    assert failed.value.message.splitlines()[1:] == [f"  {number}" for number in range(3, 15)]
+
+
+def test_the_words_behind_an_alias_are_never_said(capfd):
+    """An operator's own command may hold a password: neither its text nor its failure shows a word of it."""
+    for words in (("sh", "-c", "exit 3; sk_marker"), ("/no/sk_marker",)):
+        with pytest.raises(Exit, match=r"^the hook (failed with status 3|cannot be started)") as failed:
+            run(Command((words,), alias="the hook"), seconds=5, whole=True)
+        assert "marker" not in failed.value.message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_child_gets_no_secret_unless_its_command_hands_it_on(monkeypatch, tmp_path, capfd):
+    """Secrets in the shell of the operator stay there: only the server's start takes them by name."""
+    for name in command.SECRETS:
+        monkeypatch.setenv(name, "from the shell")
+    shown = Command((("sh", "-c", "echo ${HF_TOKEN-none} ${VLLM_API_KEY-none}"),), secrets={"HF_TOKEN": "handed on"})
+    assert run(shown, capture=True) == "handed on none"
+    asked = Command((("sh", "-c", "echo $A"),), asks={"A": shown.lines})
+    assert run(asked, capture=True) == "none none"
+
+
 def test_an_answer_is_exported_to_the_command_that_asks(capfd):
     """`export NAME="$(…)"`: the output of one command reaches the next by name."""
-    run.run(Command((("sh", "-c", "echo got $A"),), asks={"A": (("echo", "an answer"),)}))
+    run(Command((("sh", "-c", "echo got $A"),), asks={"A": (("echo", "an answer"),)}))
     assert capfd.readouterr().err.endswith("A is an answer\ngot an answer\n")
 
 
 def test_an_answer_that_fails_stops_the_command(capfd):
-    """A question without an answer is no empty answer."""
+    """A question that fails is not an empty answer."""
     with pytest.raises(Exit):
-        run.run(Command((("echo", "not reached"),), asks={"A": (("false",),)}))
+        run(Command((("echo", "not reached"),), asks={"A": (("false",),)}))
     assert "\nnot reached" not in capfd.readouterr().err
 
 
-def test_a_question_that_takes_too_long_is_a_sentence():
-    """Asking never hangs."""
-    with pytest.raises(Exit, match="sleep 9 did not answer within"):
-        run.output(Command((("sleep", "9"),)), seconds=0.01)
+@pytest.mark.parametrize("how", [{}, {"whole": True}, {"capture": True}, {"heard": "spark-2"}], ids=str)
+@pytest.mark.parametrize("ends", ["exec sleep 60", "exec 2>&-; exec sleep 60", "sleep 60 & wait"])
+def test_a_command_that_takes_too_long_is_killed(ends, how, capfd, tmp_path):
+    """Killed with all that it has started: a jump host's ssh would hold the pipes open."""
+    begun = time.monotonic()
+    with pytest.raises(Exit, match="did not end within 0 s and was killed") as failed:
+        run(_sh(f"echo $$ >{tmp_path}/group; {ends}"), seconds=0.05, **how)
+    assert failed.value.code == 128 + signal.SIGKILL and time.monotonic() - begun < 3
+    until = time.monotonic() + 5
+    while _group_runs(int((tmp_path / "group").read_text())) and time.monotonic() < until:
+        time.sleep(0.002)
+    assert not _group_runs(int((tmp_path / "group").read_text()))
 
 
-def test_a_question_is_given_up_though_its_program_cannot_be_killed(monkeypatch):
-    """nvidia-smi may hang in the kernel, where no signal reaches it: whoever asked goes on."""
-    asked = []
+def _group_runs(group: int) -> bool:
+    """Whether a process of the group runs. Zombies that nobody has collected yet do not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
+
+
+def test_a_program_that_cannot_be_killed_is_left(monkeypatch):
+    """A driver may hang in the kernel, where no signal reaches it: the task goes on without it."""
+    groups = []
+
+    def refused(group, _):
+        groups.append(group)
+        raise PermissionError
+
     with monkeypatch.context() as patch:
-        patch.setattr(run.Child, "kill", lambda child: asked.append(child))
-        with pytest.raises(Exit, match="sleep 9 did not answer within"):
-            run.output(Command((("sleep", "9"),)), seconds=0.01)
-    (child,) = asked
-    assert child.poll() is None
-    child.kill()
-    child.wait()
+        patch.setattr(os, "killpg", refused)
+        with pytest.raises(Exit, match=r"^sleep 9 did not end within 0 s and could not be killed \(process \d+\)\.$"):
+            run(Command((("sleep", "9"),)), capture=True, seconds=0.01)
+    os.killpg(groups[0], signal.SIGKILL)
 
 
 def test_a_command_that_must_not_be_cut_has_its_time(monkeypatch, capfd):
-    """No signal ends it, so that something else must."""
-    monkeypatch.setattr(run, "WHOLE_S", 0.01)
+    """No signal ends it, so a time limit does."""
+    monkeypatch.setattr(command, "WHOLE_S", 0.01)
     with pytest.raises(Exit, match="sleep 9 did not end within 0 s"):
-        run.run_whole(Command((("sleep", "9"),)))
+        run(Command((("sleep", "9"),)), whole=True)
 
 
-@pytest.mark.parametrize("stdout", [None, "/dev/full"], ids=["closed", "full"])
-def test_what_was_asked_for_and_cannot_be_written_is_a_sentence(stdout, monkeypatch):
-    """Neither a traceback nor silence."""
-    with open(stdout, "w") if stdout else nullcontext() as file:
-        monkeypatch.setattr(sys, "stdout", file)
-        with pytest.raises(Exit, match=r"Standard output (is closed|cannot be written)"):
-            tell("{}")
-        monkeypatch.undo()
-        with suppress(OSError):
-            file and file.close()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, *run.ENDINGS], ids=lambda number: number.name)
-def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
-    """run_whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
+def test_a_reader_that_has_seen_enough_ends_the_task_quietly():
+    """`inv plan | head` ends by SIGPIPE, without a traceback. Elsewhere a closed pipe or socket ends nothing."""
 
     def body() -> None:
-        for one in run.ENDINGS:
+        tell("short")
+        assert signal.getsignal(signal.SIGPIPE) is before
+        tell("long " * 100_000)
+
+    before = signal.getsignal(signal.SIGPIPE)
+    with _child(body) as child:
+        assert child.out.readline() == "short\n"
+        child.out.close()
+        assert (child.status(), child.err.read()) == (-signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDINGS], ids=lambda number: number.name)
+def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
+    """whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
+
+    def body() -> None:
+        for one in ENDINGS:
             signal.signal(one, signal.default_int_handler)
         try:
-            run.run_whole(_sh(f"echo started; read -r _ <{tmp_path}/line; echo done"))
+            run(_sh(f"echo started; read -r _ <{tmp_path}/line; echo done"), whole=True)
         except KeyboardInterrupt:
             print("interrupted")
 
@@ -215,7 +290,7 @@ def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
 @pytest.fixture
 def heard():
     """The signals that were heard, in order; who hears them afterwards is who heard them before."""
-    numbers, got = (signal.SIGINT, *run.ENDINGS), []
+    numbers, got = (signal.SIGINT, *ENDINGS), []
     before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
     yield got
     for number, handler in before.items():
@@ -226,39 +301,48 @@ def test_held_signals_count_once_at_the_end(heard):
     """The first of them, to whoever hears it then, when all is done that must not be cut in two, or has failed."""
 
     def cut():
-        with run.held():
-            with run.held():
+        with held():
+            with held():
                 os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == []
             raise Exit("it failed")
 
-    handlers = [signal.getsignal(number) for number in run.ENDINGS]
+    handlers = [signal.getsignal(number) for number in ENDINGS]
     with pytest.raises(Exit, match="it failed"):
         cut()
-    assert heard == [signal.SIGHUP] and handlers == [signal.getsignal(number) for number in run.ENDINGS]
+    assert heard == [signal.SIGHUP] and handlers == [signal.getsignal(number) for number in ENDINGS]
 
 
 def test_who_ignores_a_signal_goes_on_to(heard):
     """`nohup` has us ignore a hang-up: it is neither held nor counted, and nobody who is started hears it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with run.held():
+    with held():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGHUP)
-    with run.following(_sh("kill -HUP $$; echo done")) as log:
+    with stream(_sh("kill -HUP $$; echo done")) as lines:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert log.stdout.read() == "done\n"
+        assert list(lines) == ["done"]
     assert heard == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_who_follows_a_log_ends_with_its_terminal(number):
-    """following: a hang-up or a SIGTERM to us ends the follower too, and our status says which it was."""
+def test_a_stream_gives_lines_as_they_come_and_ends_its_command(capfd):
+    """Its input is closed too: a process in a container does not get the SIGTERM that ends `docker exec`."""
+    for at_the_end in ("exec sleep 60", "trap '' TERM; exec cat"):
+        with stream(_sh(f"echo one; {at_the_end}")) as lines:
+            assert next(lines) == "one"
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_a_stream_ends_with_its_terminal(number):
+    """A SIGHUP or a SIGTERM to us ends the command too, and our status says which it was."""
 
     def body() -> None:
-        with run.following(_sh("exec sleep 60")) as log:
-            print(log.pid, flush=True)
-            log.wait()
+        signal.signal(number, signal.SIG_DFL)
+        with stream(_sh("echo $$; exec sleep 60")) as lines:
+            for line in lines:
+                print(line, flush=True)
 
     with _child(body) as child:
         follower = int(child.out.readline())
@@ -266,3 +350,47 @@ def test_who_follows_a_log_ends_with_its_terminal(number):
         assert child.status() == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(follower, 0)
+
+
+GREETS = ("sh", "-c", 'read -r _ _ _ _ _ session _ </proc/$$/stat; [ "$session" = $$ ] && echo "$GREETING"; cat')
+
+
+@pytest.fixture
+def detached(tmp_path) -> Command:
+    """A command that writes a line if it has a session of its own, then reads its standard input to the end."""
+    return Command((GREETS,), "head", env={"GREETING": "it's two  words"}, log=tmp_path / "a log")
+
+
+def test_a_detached_command_writes_to_its_log(detached, monkeypatch):
+    """In a session of its own, after what the log has already. A log that is too long is moved aside first."""
+    line = "it's two  words\n"
+    monkeypatch.setattr(command, "LOG_BYTES", 2 * len(line) - 1)
+    for begun, log in ((0, line), (len(line), line * 2), (0, line)):
+        child, at = command.detach(detached)
+        assert (child.wait(5), at, detached.log.read_text()) == (0, begun, log)
+    assert detached.log.with_name("a log.1").read_text() == line * 2
+
+
+def full(*_, **__):
+    """Fail like a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_log_that_cannot_be_written_is_named(detached):
+    """With a command that shows why. Nothing is started."""
+    with pytest.MonkeyPatch.context() as now:
+        now.setattr(Path, "open", full)
+        with pytest.raises(Exit, match=r"a log cannot be written: No space left on device\. Type: df -h /"):
+            command.detach(detached)
+    detached.log.mkdir()
+    with pytest.raises(Exit, match=r"a log cannot be written: Is a directory\. Type: ls -ld /"):
+        command.detach(detached)
+    with pytest.raises(Exit, match="nowhere/log cannot be written: No such file or directory"):
+        command.detach(Command((GREETS,), log=detached.log / "nowhere/log"))
+
+
+def test_a_detached_command_pastes_as_it_is(detached):
+    """The printed text starts the same in a bash that goes on at once: session, log, variables."""
+    assert detached.text.splitlines()[-1].endswith("1 &") and detached.words == list(GREETS) == words_of(detached.lines)
+    subprocess.run(["bash"], input=f"{detached.text}\nwait\n", text=True, check=True)
+    assert detached.log.read_text() == "it's two  words\n"

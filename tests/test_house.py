@@ -31,15 +31,15 @@ def test_a_dry_run_imports_neither_docker_nor_rich(real_run):
 
 
 def test_one_module_starts_processes():
-    """Whatever this tool does to a machine goes through command/run.py, which shows it first."""
-    assert _files_with(STARTS, [*MODULES, ROOT / "tasks.py"]) == {"command/run.py"}
+    """Whatever this tool does to a machine goes through cluster/command.py, which shows it first."""
+    assert _files_with(STARTS, [*MODULES, ROOT / "tasks.py"]) == {"cluster/command.py"}
 
 
 def test_settings_are_read_in_one_place():
     """Only settings/ reads the environment for a setting; cluster/engine.py asks for the Engine's own address."""
     assert _files_with(r"os\.environ|getenv", MODULES) == {
         "settings/resolve.py",
-        "command/command.py",
+        "cluster/command.py",
         "cluster/engine.py",
     }
 

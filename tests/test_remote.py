@@ -1,12 +1,8 @@
 """A worker's task from the head's terminal: what ssh is given, what goes along, what is said when it fails."""
 
-import errno
 import os
 import shlex
-import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,6 @@ from invoke import Exit
 
 import tasks
 from command import run
-from command.command import Command
-from command.template import words
 from fleet import remote
 from settings import models, resolve, version
 from settings.names import NODE_OWN
@@ -288,80 +282,3 @@ def test_another_version_is_refused(checkout):
         version.check("0123456789abcdef")
     with pytest.raises(Exit, match="another version"):
         tasks.worker.body(None, repository="")
-
-
-def test_what_a_command_says_is_shown_with_its_node(capfd):
-    """Line by line as it comes; its standard output is what it hands back."""
-    script = "echo one >&2; echo '  two ' >&2; echo id"
-    assert run.told(Command((("sh", "-c", script),)), "spark-2", 5) == "id"
-    assert capfd.readouterr() == ("", "spark-2 | one\nspark-2 |   two\n")
-
-
-@pytest.mark.parametrize(("end", "status"), [("exit 7", 7), ("kill -TERM $$", 143)])
-def test_a_command_that_fails_ends_with_its_last_lines(end, status, capfd):
-    """A dozen, and its status; the shell's, if a signal ended it."""
-    script = f"for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do echo $i >&2; done; {end}"
-    with pytest.raises(Exit) as failed:
-        run.told(Command((("sh", "-c", script),)), "spark-2", 5)
-    assert failed.value.message.split() == [str(number) for number in range(3, 15)] and failed.value.code == status
-
-
-@pytest.mark.parametrize("script", ["echo last >&2; exec sleep 60", "echo last >&2; exec 2>&-; exec sleep 60"])
-def test_a_command_that_takes_too_long_is_given_up(script, capfd):
-    """Whatever of it is closed already; that is what is said last, and nothing waits for it on."""
-    with pytest.raises(Exit, match=r"(^|\n)It took longer than 0 s and was given up\.$") as failed:
-        run.told(Command((("sh", "-c", script),)), "spark-2", 0.03)
-    assert failed.value.code == 128 + signal.SIGKILL
-    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-
-
-def test_who_helped_a_command_that_is_given_up_goes_too(capfd):
-    """A jump host's ssh has the same standard error: as long as it lives, there is no end of it."""
-    begun = time.monotonic()
-    with pytest.raises(Exit, match="was given up"):
-        run.told(Command((("sh", "-c", "sleep 5 & exec sleep 60"),)), "spark-2", 0.03)
-    assert time.monotonic() - begun < 3
-
-
-GREETS = ("sh", "-c", 'read -r _ _ _ _ _ session _ </proc/$$/stat; [ "$session" = $$ ] && echo "$GREETING"; cat')
-
-
-@pytest.fixture
-def detached(tmp_path) -> Command:
-    """A command that says whether it has a session of its own, and reads to the end of what it is given."""
-    return Command((GREETS,), "head", env={"GREETING": "it's two  words"}, log=tmp_path / "a log")
-
-
-def test_a_detached_command_goes_on_in_its_log(detached, monkeypatch):
-    """In a session of its own, behind what the log has already, until that is too long; then the old one is kept."""
-    line = "it's two  words\n"
-    monkeypatch.setattr(run, "LOG_BYTES", 2 * len(line) - 1)
-    for begun, log in ((0, line), (len(line), line * 2), (0, line)):
-        child, at = run.detach(detached)
-        assert (child.wait(5), at, detached.log.read_text()) == (0, begun, log)
-    assert detached.log.with_name("a log.1").read_text() == line * 2
-
-
-def full(*_, **__):
-    """What a disk without room says."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_log_that_cannot_be_written_is_said(detached):
-    """With a command that shows why, and nothing is started."""
-    with pytest.MonkeyPatch.context() as now:
-        now.setattr(Path, "open", full)
-        with pytest.raises(Exit, match=r"a log cannot be written: No space left on device\. Type: df -h /"):
-            run.detach(detached)
-    detached.log.mkdir()
-    with pytest.raises(Exit, match=r"a log cannot be written: Is a directory\. Type: ls -ld /"):
-        run.detach(detached)
-    with pytest.raises(Exit, match="nowhere/log cannot be written: No such file or directory"):
-        run.detach(Command((GREETS,), log=detached.log / "nowhere/log"))
-
-
-def test_a_detached_command_pastes_as_it_is(detached):
-    """What is printed starts the same in a bash that goes on at once: session, log, variables."""
-    assert detached.text.splitlines()[-1].endswith("1 &") and detached.words == list(GREETS) == words(detached.lines)
-    subprocess.run(["bash"], input=f"{detached.text}\nwait\n", text=True, check=True)
-    assert detached.log.read_text() == "it's two  words\n"

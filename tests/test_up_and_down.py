@@ -415,7 +415,7 @@ def test_a_worker_that_does_not_answer_in_time_is_named(standing, operator, tmp_
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     operator.setattr(run, "told", TOLD)
     operator.setattr(down, "THERE_S", 0.03)
-    with pytest.raises(Exit, match=r"(?s)^old: .*It took longer than 0 s and was given up\.\n.*may still be up"):
+    with pytest.raises(Exit, match=r"(?s)^old: .*did not end within 0 s and was killed\.\n.*may still be up"):
         down.down(standing.settings)
     assert "remove" in standing.did
 
