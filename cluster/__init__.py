@@ -1,1 +1,14 @@
-"""Two DGX Sparks as one vLLM server: the container, Ray in it, the server, and what is asked first."""
+"""Everything that runs on a Spark's host: a module per noun, in reading order. Imports go one way: a module imports only
+modules that stand before it here. CONTRIBUTING.md says in a line each what they hold.
+
+    repository command models settings               the files, the command lines, and what somebody has set
+    links engine token node                          one node: its links, its Docker, its container with Ray
+    image server plan guards cleanup                 the image, the server in the container, refusals, leftovers
+    recorder                                         what every node's recorder has seen
+    finding memory options agreement fabric check    what is found out before a model is loaded
+    api load health status watch                     what is asked while a model loads and serves
+    up                                               all nodes from one terminal
+
+tasks.py and the first three lines are the article's flow, which one sitting reads. `inside/` holds the scripts that run
+in the containers, in the containers' Python; it is mounted there, read-only, at /opt/inside.
+"""
