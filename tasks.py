@@ -6,7 +6,7 @@ from functools import partial
 
 from invoke import Collection, Context, Exit, Task, task
 
-from cluster import detached, guards, image, leftovers, links, node, server
+from cluster import guards, image, leftovers, node, server
 from cluster import logs as kept
 from cluster import plan as planned
 from cluster import token as tokens
@@ -36,8 +36,8 @@ def build_image(c: Context, base_image: str | None = None, tag: str | None = Non
 def head(c: Context, model: str | None = None, detach: bool = False) -> None:
     """Bring this node up as the head."""
     settings = _settings(model)
-    net = _network(settings)
-    _bring_up(c, node.head(settings, net, detach), lambda: guards.before_head(settings, net))
+    net = node.find_network(settings)
+    _bring_up(c, node.head_commands(settings, net, detach), lambda: guards.before_head(settings, net))
 
 
 @verb(help={
@@ -55,8 +55,8 @@ def worker(
     """Bring this node up as a worker."""
     version.check(repository)
     settings = _settings(model, HEAD_NODE_IP=head_ip)
-    net = _network(settings)
-    _bring_up(c, node.worker(settings, net, detach), lambda: guards.before_worker(settings, net))
+    net = node.find_network(settings)
+    _bring_up(c, node.worker_commands(settings, net, detach), lambda: guards.before_worker(settings, net))
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
@@ -91,7 +91,7 @@ def up(
     from fleet import up as fleet
 
     settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
-    net = _network(settings)
+    net = node.find_network(settings)
     if c.config.run.dry:
         return show(*fleet.commands(settings, net))
     from checks import report
@@ -108,7 +108,7 @@ def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
     if head_ip is not None and not here:
         raise Exit("--head-ip goes with --here: inv down takes down the nodes of the head that it is typed on.")
     if c.config.run.dry:
-        return show(*([leftovers.removal()] if here else fleet.commands(settings)))
+        return show(*([node.removal_command()] if here else fleet.commands(settings)))
     if here:
         fleet.here(head_ip)
     else:
@@ -193,7 +193,7 @@ def memory(c: Context, csv: str | None = None) -> None:
 def token(c: Context) -> None:
     """Make the token that Ray then asks everyone for."""
     if not c.config.run.dry:
-        tokens.make(_settings(None))
+        tokens.make_token(_settings(None))
 
 
 @verb()
@@ -218,7 +218,7 @@ def health(c: Context, json: bool = False) -> None:
 def cleanup(c: Context, yes: bool = False) -> None:
     """Show what earlier runs left here, ask, remove it."""
     if c.config.run.dry:
-        return show(leftovers.removal())
+        return show(node.removal_command())
     leftovers.clean(_settings(None), yes)
 
 
@@ -279,13 +279,6 @@ def _settings(model: str | None, **flags: str | None) -> Settings:
     return settings
 
 
-def _network(settings: Settings) -> node.Network:
-    found = links.find_links(settings["SYSFS"])
-    net = node.network(settings, found)
-    say(*links.link_remarks(found), *node.remarks(net))
-    return net
-
-
 def _each(c: Context, commands: list[Command]) -> None:
     if c.config.run.dry:
         return show(*commands)
@@ -296,15 +289,8 @@ def _each(c: Context, commands: list[Command]) -> None:
 def _bring_up(c: Context, commands: list[Command], guard: Callable[[], None]) -> None:
     if c.config.run.dry:
         return show(*commands)
-    *before, container = commands
-    if container.log and detached.runs_already(container):
-        return
-    guard()
-    _each(c, before)
-    say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
-    if not container.log:
-        run.become(container)
-    tell(detached.start(container))
+    if started := node.bring_node_up(commands, guard):
+        tell(f"started {started}")
 
 
 def _launcher(model: models.Model) -> Task:

@@ -157,13 +157,13 @@ def _engine_is_ready(settings: Settings) -> None:
 
 
 def _ray_knows_tokens(settings: Settings) -> None:
-    if not (path := token.file(settings)):
+    if not (path := token.token_file(settings)):
         return say(
             f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT} of this node, on every "
             "interface. To close it: inv token"
         )
     ray = engine.labels(settings["VLLM_IMAGE"]).get("ray.version", "unknown")
-    if token.too_old(ray):
+    if token.knows_no_tokens(ray):
         raise Exit(
             f"There is a token ({path}), but the Ray of {settings['VLLM_IMAGE']} is {ray}, and tokens came with 2.52. "
             "Type: inv build-image; or serve without one: RAY_AUTH_TOKEN_PATH=/none"

@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster.node import CONTAINER, RAY_PORT
-from command import run, template
-from command.command import Command, say
+from cluster.node import RAY_PORT
+from cluster.node import removal_command as removal
+from command import run
+from command.command import say
 from host import engine, ports
 from settings.resolve import Settings
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
-
-
-def removal(names: list[str] | None = None) -> Command:
-    """The command that removes the containers called names; this project's own unless told."""
-    return Command(template.render("docker_remove.j2", names=names or [CONTAINER]), "this node")
 
 
 def clean(settings: Settings, yes: bool) -> None:

@@ -1,50 +1,103 @@
-"""A node of the cluster: the container that Ray runs in, the same on every node, and what is put behind it."""
+"""One node of the cluster: the container in which Ray runs.
+
+Head and worker start the same container. The words from `docker run` to the image are the same on every node, byte for
+byte. Two things differ: the `ray start` words behind the image, and the values of variables that are passed by name.
+"""
 
 import hashlib
 import shlex
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from invoke import Exit
 
-from cluster import links, token
+from cluster import engine, links
+from cluster.command import Child, Command, Lines, TooLate, answers, become, detach, render, run, say, words_of
+from cluster.engine import CONTAINER
 from cluster.links import Link
-from command import template
-from command.command import Command
-from settings.resolve import Settings
+from cluster.settings import Settings
+from cluster.token import INSIDE_TOKEN, token_file
 
-CONTAINER = "node-ray"
 RAY_PORT = 6379
+# Folders in the container.
 HF_CACHE = "/root/.cache/huggingface"
-LOGS = "/var/log/node-ray"
+LOGS = f"/var/log/{CONTAINER}"
+INSIDE = "/opt/inside"
+# Docker prints the image's id and the digest of its base. `check` compares the line across the nodes.
+IMAGE_IDENTITY = '{{.Id}} {{index .Config.Labels "org.opencontainers.image.base.digest"}}'
+# NVIDIA's images set library paths in shell start-up files, so every program starts through a shell.
 IN_SHELL = 'exec "$@"'
-# What travels into the container about the container, to be compared across nodes.
-ABOUT = ("NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_IMAGE")
-_IMAGE = '{{.Id}} {{index .Config.Labels "org.opencontainers.image.base.digest"}}'
+# Seconds that a detached node has for starting Ray, and for ending after a SIGTERM.
+START_S, END_S = 90, 20
+RAY_RUNS = "Ray runtime started"
+
+
+# --- The network of one node ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Network:
-    """What one node brings to the network: its own address, its RoCE devices, its data-plane netdevs."""
+    """What a node needs to know about itself: its address, its RoCE devices, and the interfaces for TCP."""
 
     address: str
-    hcas: Sequence[str]
-    netdevs: Sequence[str]
+    devices: Sequence[str]
+    interfaces: Sequence[str]
 
 
-def logs(settings: Settings) -> Path:
-    """The folder on this host's disk that holds the logs of the node and its server, and what the recorder saw."""
-    return Path(mounts(settings)[LOGS])
+def find_network(settings: Settings) -> Network:
+    """Choose this node's network from its links, and tell the operator about both."""
+    found = links.find_links(settings["SYSFS"])
+    net = network(settings, found)
+    say(*links.link_remarks(found), *network_remarks(net))
+    return net
 
 
-def log(settings: Settings) -> Path:
-    """The log of a node that was started detached."""
-    return logs(settings) / "node.log"
+def network(settings: Settings, found: Sequence[Link], address: str | None = None) -> Network:
+    """Choose devices and interfaces: those that the settings name, otherwise those whose link is up.
+
+    Raises Exit if no link is up and the model needs a second node, because NCCL would silently use TCP. An operator who
+    wants TCP sets RDMA_HCAS to nothing.
+    """
+    up = [link for link in found if link.up]
+    devices = _named(settings, "RDMA_HCAS", otherwise=[link.hca for link in up])
+    interfaces = _named(settings, "DATA_IFS", otherwise=[link.netdev for link in up if link.address])
+    needs_one_node = settings.model is not None and settings.world_size() == 1
+    if not devices and "RDMA_HCAS" not in settings and not needs_one_node:
+        seen = ", ".join(f"{link.hca} ({link.netdev})" for link in found) or "no RoCE device at all"
+        raise Exit(
+            f"No data-plane link is up: found {seen}. Check the cable; after a warm reboot a port may stay down until "
+            "a cold boot (power off, wait, power on). RDMA_HCAS= (set, but empty) goes on over TCP on purpose."
+        )
+    address = address or settings.get("VLLM_HOST_IP") or links.ipv4_address(settings["PRIMARY_IF"])
+    if address is None:
+        raise Exit(
+            f"PRIMARY_IF ({settings.origin('PRIMARY_IF')}) is {settings['PRIMARY_IF']}, which has no IPv4 address "
+            "here. Type: ip -4 address; then set PRIMARY_IF or VLLM_HOST_IP in .env."
+        )
+    return Network(address, devices, interfaces or [settings["PRIMARY_IF"]])
+
+
+def network_remarks(net: Network) -> list[str]:
+    """Sentences for the operator about the chosen network."""
+    if net.devices:
+        return []
+    return [f"No RDMA: NCCL goes over TCP (NCCL_IB_DISABLE=1), on {', '.join(net.interfaces)}."]
+
+
+def _named(settings: Settings, name: str, otherwise: list[str]) -> list[str]:
+    if name not in settings:
+        return otherwise
+    return [item for item in settings[name].split(",") if item]
+
+
+# --- What the container starts with -----------------------------------------------------------------------------------
 
 
 def mounts(settings: Settings) -> dict[str, str]:
-    """Places in the container, and the host's folder in each: what is slow to make again outlives the container."""
+    """Folders of the host by their place in the container. Caches and logs survive the container."""
     cache = settings["CACHE_DIR"]
     return {
         HF_CACHE: settings.get("HF_CACHE", f"{cache}/huggingface"),
@@ -55,31 +108,22 @@ def mounts(settings: Settings) -> dict[str, str]:
     }
 
 
-def network(settings: Settings, found: Sequence[Link], address: str | None = None) -> Network:
-    """What settings say, and for the rest what found is up; raises Exit where several nodes would have no RDMA."""
-    up = [link for link in found if link.up]
-    hcas = _listed(settings, "RDMA_HCAS", [link.hca for link in up])
-    netdevs = _listed(settings, "DATA_IFS", [link.netdev for link in up if link.address])
-    alone = settings.model and settings.world_size() == 1
-    if not hcas and "RDMA_HCAS" not in settings and not alone:
-        raise Exit(_nothing_up(found))
-    address = address or settings.get("VLLM_HOST_IP") or links.ipv4_address(settings["PRIMARY_IF"])
-    if not address:
-        raise Exit(
-            f"PRIMARY_IF ({settings.origin('PRIMARY_IF')}) is {settings['PRIMARY_IF']}, which has no IPv4 address "
-            "here. Type: ip -4 address; then set PRIMARY_IF or VLLM_HOST_IP in .env."
-        )
-    return Network(address, hcas, netdevs or [settings["PRIMARY_IF"]])
+def log_folder(settings: Settings) -> Path:
+    """The folder on this host that holds the logs of the node and of its server."""
+    return Path(mounts(settings)[LOGS])
 
 
-def remarks(net: Network) -> list[str]:
-    """What a person should know about the network."""
-    return [] if net.hcas else [f"No RDMA: NCCL goes over TCP (NCCL_IB_DISABLE=1), on {', '.join(net.netdevs)}."]
+def node_log(settings: Settings) -> Path:
+    """The log of a node that was started with --detach."""
+    return log_folder(settings) / "node.log"
 
 
-def environment(settings: Settings, net: Network) -> dict[str, str]:
-    """What the node's container gets by name: addresses, interfaces, and everything forwarded."""
-    sockets = ",".join(net.netdevs)
+def node_environment(settings: Settings, net: Network) -> dict[str, str]:
+    """Variables that the container gets by name: addresses, interfaces, and everything in VLLM_FORWARD_VARS.
+
+    Ray does not pass a driver's environment to the ranks on other nodes, so each container must start with all of it.
+    """
+    sockets = ",".join(net.interfaces)
     env = {
         "VLLM_HOST_IP": net.address,
         "MASTER_ADDR": settings["HEAD_NODE_IP"],
@@ -88,72 +132,160 @@ def environment(settings: Settings, net: Network) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": sockets,
         "OMPI_MCA_btl_tcp_if_include": sockets,
     }
-    if net.hcas:
-        env["NCCL_IB_HCA"] = ",".join(net.hcas)
-        env["UCX_NET_DEVICES"] = ",".join(f"{hca}:1" for hca in net.hcas)
+    if net.devices:
+        env["NCCL_IB_HCA"] = ",".join(net.devices)
+        env["UCX_NET_DEVICES"] = ",".join(f"{device}:1" for device in net.devices)
     else:
         env["NCCL_IB_DISABLE"] = "1"
         env["UCX_NET_DEVICES"] = sockets
     for name in ("NCCL_IB_GID_INDEX", "NCCL_DEBUG", "NCCL_DEBUG_SUBSYS"):
-        env |= {name: settings[name]} if settings.get(name) else {}
+        if value := settings.get(name):
+            env[name] = value
     return env | {name: settings[name] for name in settings.forward if name not in env}
 
 
-def head(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
-    """The commands that bring the head up: its folders, then its container with Ray's head in it."""
-    return _bring_up("head", template.render("ray_head.j2", **_ray(settings, net)), settings, net, detached)
+def fingerprint(wrapper: Lines, mounted: Mapping[str, str]) -> tuple[str, str]:
+    """Return the wrapper as one line, and the sha256 of that line.
 
-
-def worker(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
-    """The commands that bring a worker up: its folders, then its container with a Ray that joins the head."""
-    return _bring_up("worker", template.render("ray_worker.j2", **_ray(settings, net)), settings, net, detached)
-
-
-def fingerprint(wrapper: template.Lines, mounted: Mapping[str, str]) -> tuple[str, str]:
-    """The wrapper's words as one line without the host's side of the mounts, and their sha256."""
-    inside = {f"{folder}:{place}": f":{place}" for place, folder in mounted.items()}
-    line = shlex.join(inside.get(word, word) for word in template.words(wrapper))
+    The host's side of each mount is left out, because the operators' home folders may differ from node to node.
+    """
+    comparable = {f"{folder}:{place}": f":{place}" for place, folder in mounted.items()}
+    line = shlex.join(comparable.get(word, word) for word in words_of(wrapper))
     return line, hashlib.sha256(line.encode()).hexdigest()
 
 
-def _ray(settings: Settings, net: Network) -> Mapping[str, str]:
-    return settings.public() | {"in_shell": IN_SHELL, "address": net.address}
+# --- The commands of a node -------------------------------------------------------------------------------------------
 
 
-def _bring_up(role: str, ray: template.Lines, settings: Settings, net: Network, detached: bool) -> list[Command]:
-    mounted = mounts(settings)
-    env = environment(settings, net)
-    secret = {f"{token.INSIDE}:ro": str(file)} if (file := token.file(settings)) else {}
-    wrapper = template.render(
+def head_commands(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
+    return _commands("head", settings, net, detached)
+
+
+def worker_commands(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
+    return _commands("worker", settings, net, detached)
+
+
+def _commands(role: str, settings: Settings, net: Network, detached: bool) -> list[Command]:
+    """Make the cache folders, then start the container. A detached node writes its output to a log."""
+    where = f"{role}, {net.address}"
+    folders = mounts(settings)
+    token = token_file(settings)
+    mounted = folders | ({f"{INSIDE_TOKEN}:ro": str(token)} if token else {})
+    env = node_environment(settings, net)
+    wrapper = render(
         "ray_container.j2",
         container=CONTAINER,
-        mounts=mounted | secret,
-        token=secret and token.INSIDE,
-        by_name=[*env, *ABOUT],
+        mounts=mounted,
+        token=INSIDE_TOKEN if token else None,
+        by_name=[*env, "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_IMAGE"],
         **settings.public(),
     )
-    line, sha256 = fingerprint(wrapper, mounted | secret)
-    env |= {"NODE_RAY_WRAPPER": line, "NODE_RAY_WRAPPER_SHA256": sha256}
-    where = f"{role}, {net.address}"
-    make = Command(template.render("cache_folders.j2", folders=list(dict.fromkeys(mounted.values()))), where)
-    image = template.render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=_IMAGE)
-    behind = log(settings) if detached else None
-    return [make, Command(wrapper + ray, where, env, asks={"NODE_RAY_IMAGE": image}, log=behind)]
+    env["NODE_RAY_WRAPPER"], env["NODE_RAY_WRAPPER_SHA256"] = fingerprint(wrapper, mounted)
+    ray = render(f"ray_{role}.j2", in_shell=IN_SHELL, address=net.address, ray_port=RAY_PORT, **settings.public())
+    make_folders = render("cache_folders.j2", folders=list(dict.fromkeys(folders.values())))
+    image_identity = render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=IMAGE_IDENTITY)
+    log = node_log(settings) if detached else None
+    start = Command(wrapper + ray, where, env, asks={"NODE_RAY_IMAGE": image_identity}, log=log)
+    return [Command(make_folders, where), start]
 
 
-def _listed(settings: Settings, name: str, otherwise: list[str]) -> list[str]:
-    return [item for item in settings[name].split(",") if item] if name in settings else otherwise
+def removal_command(names: Sequence[str] = (CONTAINER,)) -> Command:
+    return Command(render("docker_remove.j2", names=names), "this node")
 
 
-def _nothing_up(found: Sequence[Link]) -> str:
-    seen = ", ".join(f"{link.hca} ({link.netdev})" for link in found) or "no RoCE device at all"
-    return (
-        f"No data-plane link is up: found {seen}. Check the cable; after a warm reboot a port may stay down until a "
-        "cold boot (power off, wait, power on). RDMA_HCAS= (set, but empty) goes on over TCP on purpose."
-    )
+# --- Bringing a node up -----------------------------------------------------------------------------------------------
 
 
-# The names of the rewritten module, until it is there.
-log_folder, node_log, node_environment = logs, log, environment
-network_remarks, head_commands, worker_commands = remarks, head, worker
-INSIDE = "/opt/inside"
+def bring_node_up(commands: Sequence[Command], guard: Callable[[], None]) -> str | None:
+    """Run the commands of a head or a worker. Returns the id of a detached container that this call has started.
+
+    Returns None if a detached node runs already, started in the same way. guard: called before anything is started;
+    raises Exit if this node is not ready. A node that is not detached replaces this process.
+    """
+    *before, container = commands
+    if container.log and runs_already(container):
+        return None
+    guard()
+    for command in before:
+        run(command)
+    say(f"wrapper sha256: {container.env['NODE_RAY_WRAPPER_SHA256']}")
+    if container.log is None:
+        become(container)
+    return start_detached(container)
+
+
+def runs_already(container: Command) -> bool:
+    """Whether this node runs, started with the same variables. Raises Exit if one of them differs."""
+    running = engine.node_container()
+    if running is None or running.status != "running":
+        return False
+    wanted = {**container.env, **answers(container)}
+    env = engine.container_environment(running)
+    if differing := [name for name, value in wanted.items() if env.get(name) != value]:
+        names = " and ".join(differing)
+        raise Exit(f"{CONTAINER} runs here already, but was started with another {names}. Type: inv down --here")
+    say(f"{CONTAINER} runs here already, started the same way {engine.container_age(running)} ago: it is left alone.")
+    return True
+
+
+def start_detached(container: Command) -> str:
+    """Start the node in a session of its own, wait until Ray runs in it, and return the container's id.
+
+    Raises Exit with the log's last lines if the node ends, or takes longer than START_S. Then no container is left; nor
+    is one after a Ctrl-C.
+    """
+    assert container.log, "only a detached node has a log"
+    child, begun = detach(container)
+    try:
+        _wait_for_ray(child, container.log, begun)
+        started = engine.node_container()
+        if started is None:
+            raise Exit(f"{CONTAINER} has ended right after its start. Its log: inv logs --node")
+    except BaseException:
+        _end_start(child)
+        raise
+    say(f"Ray runs in {CONTAINER}. Its log: inv logs --node; to end it: inv down --here")
+    return started.id
+
+
+def _wait_for_ray(child: Child, log: Path, begun: int) -> None:
+    """Wait for Ray's own line in the node's log. begun: the size of the log before this start."""
+    deadline = time.monotonic() + START_S
+    output = ""
+    with log.open(errors="replace") as growing:
+        growing.seek(begun)
+        while RAY_RUNS not in output and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            output += growing.read()
+        output += growing.read()
+    if RAY_RUNS in output:
+        return
+    ended = child.poll() is not None
+    failure = f"ended with status {child.returncode}" if ended else f"did not start Ray within {START_S} s"
+    last = "\n".join(f"  {line}" for line in output.strip().splitlines()[-12:]) or "  (nothing)"
+    raise Exit(f"{CONTAINER} {failure}. The last lines of {log}:\n{last}")
+
+
+def _end_start(child: Child) -> None:
+    """Stop a start that failed.
+
+    `docker run` passes SIGTERM to the container. If it hangs, or the container was created but not started, the
+    container is removed.
+    """
+    child.terminate()
+    with suppress(TooLate):
+        child.wait(END_S)
+    try:
+        left = engine.node_container()
+        if left and (child.poll() is None or left.status == "created"):
+            child.kill()
+            run(removal_command(), whole=True)
+    except Exit as error:  # the caller's error says more
+        say(str(error.message))
+
+
+# Placeholder for what still imports the old names.
+logs, log, environment, remarks, head, worker = (
+    *(log_folder, node_log, node_environment, network_remarks),
+    *(head_commands, worker_commands),
+)

@@ -1,4 +1,4 @@
-"""Ray's token: without it Ray runs code for anyone who reaches its port."""
+"""Ray's token. Without a token Ray runs code for anyone who reaches its port."""
 
 import os
 import secrets
@@ -7,46 +7,38 @@ from pathlib import Path
 
 from invoke import Exit
 
-from command.command import say
-from settings.resolve import Settings
+from cluster.command import say
+from cluster.settings import Settings
 
-INSIDE = "/run/ray_auth_token"
-# The first Ray with token authentication, by its documentation; run here on 2.60.
+INSIDE_TOKEN = "/run/ray_auth_token"
+# The first Ray with token authentication, by its documentation. It was run here on 2.60.
 FIRST_RAY = (2, 52)
 
 
-def file(settings: Settings) -> Path | None:
-    """The token's file on this host, if there is one."""
+def token_file(settings: Settings) -> Path | None:
+    """Return the token's file on this host, if there is one."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
     return path if path.is_file() else None
 
 
-def make(settings: Settings) -> None:
-    """Make a random token for its owner alone, and say how the other nodes get it; raises Exit if there is one."""
+def make_token(settings: Settings) -> None:
+    """Write a random token that only its owner may read, and say how to copy it to the other nodes."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
-    quoted = shlex.quote(str(path))
+    file, folder = shlex.quote(str(path)), shlex.quote(str(path.parent))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
             made.write(secrets.token_hex(32))
     except OSError as error:
         if path.is_file():
-            raise Exit(
-                f"{path} is there already. To make another, remove it on every node first: rm {quoted}"
-            ) from None
-        folder = shlex.quote(str(path.parent))
+            raise Exit(f"{path} is there already. To make another, first remove it on every node: rm {file}") from None
         raise Exit(f"{path} cannot be written: {error.strerror}. Type: ls -ld {folder}") from None
-    say(f"The token is in {path}. Copy it to every other node, then bring all of them up again:")
-    there = f"umask 077; mkdir -p {shlex.quote(str(path.parent))} && cat >{quoted}"
-    for host in settings.workers():
-        say(f"  ssh {host} {shlex.quote(there)} <{quoted}")
+    say(f"The token is in {path}. Copy it to every other node, then bring all nodes up again:")
+    remote = shlex.quote(f"umask 077; mkdir -p {folder} && cat >{file}")
+    say(*(f"  ssh {host} {remote} <{file}" for host in settings.workers()))
 
 
-def too_old(ray: str) -> bool:
-    """Whether a Ray of this version knows no tokens; one that is no version is not known to."""
-    numbers = ray.split(".")[:2]
+def knows_no_tokens(ray_version: str) -> bool:
+    """Whether a Ray of this version ignores tokens. A text that is no version counts as one that does."""
+    numbers = ray_version.split(".")[:2]
     return not all(number.isdigit() for number in numbers) or tuple(map(int, numbers)) < FIRST_RAY
-
-
-# The names of the rewritten module, until it is there.
-token_file, make_token, knows_no_tokens = file, make, too_old

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Ray knows a node a moment after the node says that it runs.
 JOIN_S = 30
-_ID = re.compile("[0-9a-f]{64}")
+_ID = re.compile("(started )?[0-9a-f]{64}")
 
 
 def commands(settings: Settings, net: Network) -> list[Command]:

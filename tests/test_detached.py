@@ -1,4 +1,4 @@
-"""A node that outlives its terminal: when it counts as up, and that a start that fails leaves nothing behind."""
+"""A detached node: when it counts as up, and that a failed start leaves nothing behind."""
 
 import subprocess
 import time
@@ -7,101 +7,130 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from cluster import detached
-from command import run
-from command.command import Command
-from host import engine
+from cluster import engine, node
+from cluster.command import Command
 
 ID = "0123456789abcdef" * 4
-RUNS = f"echo {detached._STARTED}; exec sleep 60"
+RUNS = f"echo {node.RAY_RUNS}; exec sleep 60"
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Starts a shell script as a node; its process is then `start.process`, which no test leaves behind."""
-    started, detach = [], run.detach
-    monkeypatch.setattr(run, "detach", lambda command: started.append(detach(command)) or started[-1])
-    monkeypatch.setattr(engine, "node", lambda: SimpleNamespace(id=ID, status="running"))
-    often = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.002))
-    monkeypatch.setattr(detached, "time", often)
+    """Starts a shell script as a node. The test finds its processes in `start.children`; none is left behind."""
+    children, detach = [], node.detach
+
+    def detached(command):
+        child, begun = detach(command)
+        children.append(child)
+        return child, begun
 
     def begin(script):
-        (tmp_path / "node.log").write_text(f"{detached._STARTED} by the one before\n")
-        return detached.start(Command((("sh", "-c", script),), log=tmp_path / "node.log"))
+        (tmp_path / "node.log").write_text(f"{node.RAY_RUNS}, said the node before\n")
+        return node.start_detached(Command((("sh", "-c", script),), log=tmp_path / "node.log"))
 
-    begin.started = started
+    monkeypatch.setattr(node, "detach", detached)
+    monkeypatch.setattr(engine, "node_container", lambda: SimpleNamespace(id=ID, status="running"))
+    monkeypatch.setattr(node, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.002)))
+    begin.children = children
     yield begin
-    for process, _ in started:
-        process.kill()
-        process.wait(5)
+    for child in children:
+        child.kill()
+        child.wait(5)
 
 
-def test_a_node_is_up_when_ray_runs_in_it(start):
-    """By its own lines in the log, not those of the one before; its container's id is what comes back."""
+def test_a_node_is_up_when_ray_runs(start):
+    """Only lines of this start count, not those of the node before. The container's id is returned."""
     assert start(f"sleep 0.01; {RUNS}") == ID
-    assert start.started[0][0].poll() is None
+    assert start.children[0].poll() is None
 
 
-def test_a_node_that_ends_is_said_with_its_last_lines(start, tmp_path):
-    """And with its status."""
+def test_the_last_lines_of_a_node_that_ends_are_shown(start):
+    """The message has the exit status and the log's last lines."""
     with pytest.raises(Exit, match=r"(?s)^node-ray ended with status 125\. .*node.log:\n  No such image$"):
         start("echo No such image; exit 125")
 
 
 def test_a_node_that_takes_too_long_is_ended(start, monkeypatch):
-    """It passes that on, and its container goes."""
-    monkeypatch.setattr(detached, "START_S", 0.01)
+    """`docker run` gets SIGTERM, which it passes to the container."""
+    monkeypatch.setattr(node, "START_S", 0.01)
     with pytest.raises(Exit, match=r"(?s)did not start Ray within 0.01 s.*\n  \(nothing\)$"):
         start("exec sleep 60")
-    assert start.started[0][0].returncode == -15
+    assert start.children[0].returncode == -15
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(129)], ids=repr)
-def test_an_end_meanwhile_leaves_no_node(end, start, monkeypatch):
-    """A Ctrl-C or a lost terminal: who has not seen it come up does not know of it."""
+def test_an_interrupted_start_leaves_no_node(end, start, monkeypatch):
+    """After a Ctrl-C or a lost terminal the start is ended, because nobody would know of the node."""
 
-    def ends(*_):
+    def interrupted(_):
         raise end
 
-    monkeypatch.setattr(detached, "time", SimpleNamespace(monotonic=time.monotonic, sleep=ends))
+    monkeypatch.setattr(node, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupted))
     with pytest.raises(type(end)):
         start("exec sleep 60")
-    assert start.started[0][0].returncode == -15
+    assert start.children[0].returncode == -15
 
 
-def test_a_node_that_cannot_be_named_is_ended(start, monkeypatch):
-    """Nobody takes down what nobody knows of."""
+def test_a_node_whose_container_cannot_be_found_is_ended(start, monkeypatch):
+    """Without its id nobody could take the node down."""
 
-    def lost():
+    def unreachable():
         raise Exit("Docker cannot be reached")
 
-    monkeypatch.setattr(engine, "node", lost)
+    monkeypatch.setattr(engine, "node_container", unreachable)
     with pytest.raises(Exit, match="Docker cannot be reached"):
         start(RUNS)
-    assert start.started[0][0].poll() is not None
+    assert start.children[0].poll() is not None
 
 
 @pytest.mark.parametrize(("status", "removed"), [("created", 1), ("running", 0)])
-def test_a_container_that_was_made_and_not_started_goes_too(status, removed, start, monkeypatch):
-    """`--rm` is for what has run: one that was just made would keep its name."""
-    gone = []
-    monkeypatch.setattr(engine, "node", lambda: SimpleNamespace(id=ID, status=status))
-    monkeypatch.setattr(run, "run_whole", gone.append)
-    monkeypatch.setattr(detached, "START_S", 0.01)
+def test_a_container_that_was_created_but_not_started_is_removed(status, removed, start, monkeypatch):
+    """`--rm` removes only a container that has run: one that was only created would keep its name."""
+    commands = []
+    monkeypatch.setattr(engine, "node_container", lambda: SimpleNamespace(id=ID, status=status))
+    monkeypatch.setattr(node, "run", lambda command, whole: commands.append(command))
+    monkeypatch.setattr(node, "START_S", 0.01)
     with pytest.raises(Exit, match="did not start Ray"):
         start("exec sleep 60")
-    assert len(gone) == removed
+    assert len(commands) == removed
 
 
-def test_a_node_that_does_not_go_hides_no_reason(monkeypatch, tmp_path):
-    """Why it was ended is what is said."""
+def test_a_node_that_cannot_be_ended_does_not_hide_the_reason(monkeypatch, tmp_path):
+    """The message tells why the start failed, not that ending the node failed too."""
 
     def waits(seconds):
         raise subprocess.TimeoutExpired("docker run", seconds)
 
+    def unreachable():
+        raise Exit("Docker cannot be reached")
+
     stays = SimpleNamespace(poll=lambda: None, terminate=lambda: None, wait=waits)
-    monkeypatch.setattr(run, "detach", lambda _: (stays, 0))
-    monkeypatch.setattr(detached, "START_S", 0)
+    monkeypatch.setattr(node, "detach", lambda _: (stays, 0))
+    monkeypatch.setattr(node, "START_S", 0)
+    monkeypatch.setattr(engine, "node_container", unreachable)
     (tmp_path / "node.log").touch()
     with pytest.raises(Exit, match="did not start Ray"):
-        detached.start(Command((("true",),), log=tmp_path / "node.log"))
+        node.start_detached(Command((("true",),), log=tmp_path / "node.log"))
+
+
+CONTAINER = Command((("docker", "run"),), env={"VLLM_HOST_IP": "10.0.0.1"}, asks={"IMAGE": (("echo", "sha256:1"),)})
+
+
+@pytest.mark.parametrize(("image", "differs"), [("sha256:1", False), ("sha256:2", True)])
+def test_a_node_that_runs_already_is_compared(image, differs, monkeypatch):
+    """A node that was started in the same way is left alone; one with another image or variable is refused."""
+    config = {"Env": ["VLLM_HOST_IP=10.0.0.1", f"IMAGE={image}"]}
+    running = SimpleNamespace(status="running", attrs={"Config": config, "Created": "2026-01-01T00:00:00Z"})
+    monkeypatch.setattr(engine, "node_container", lambda: running)
+    if differs:
+        with pytest.raises(Exit, match=r"but was started with another IMAGE\. Type: inv down --here$"):
+            node.runs_already(CONTAINER)
+    else:
+        assert node.runs_already(CONTAINER)
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace(status="exited")], ids=str)
+def test_a_node_that_does_not_run_does_not_run_already(found, monkeypatch):
+    """The guard decides about a container that is left."""
+    monkeypatch.setattr(engine, "node_container", lambda: found)
+    assert not node.runs_already(CONTAINER)

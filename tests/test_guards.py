@@ -256,17 +256,17 @@ def test_the_tokens_lines_copy_it_wherever_it_is(operator, tmp_path, capfd):
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     shell = {"RAY_AUTH_TOKEN_PATH": str(place), "ENV_FILE": ""}
-    token.make(resolve.load(shell=shell | {"WORKER_HOSTS": "spark-2"}))
+    token.make_token(resolve.load(shell=shell | {"WORKER_HOSTS": "spark-2"}))
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("  ssh spark-2 ")
     subprocess.run(["bash", "-c", line], check=True)
     copied = tmp_path / "there/a b/tok'$x"
     assert copied.read_text() == place.read_text() and copied.stat().st_mode & 0o777 == 0o600
     with pytest.raises(Exit, match="is there already") as again:
-        token.make(resolve.load(shell=shell))
+        token.make_token(resolve.load(shell=shell))
     assert again.value.message.endswith(f"rm {shlex.quote(str(place))}")
     with pytest.raises(Exit, match=r"cannot be written: File exists\. Type: ls -ld "):
-        token.make(resolve.load(shell=shell | {"RAY_AUTH_TOKEN_PATH": f"{place}/token"}))
+        token.make_token(resolve.load(shell=shell | {"RAY_AUTH_TOKEN_PATH": f"{place}/token"}))
     place.unlink()
-    token.make(resolve.load(shell=shell | {"WORKER_HOSTS": ""}))
+    token.make_token(resolve.load(shell=shell | {"WORKER_HOSTS": ""}))
     assert "ssh" not in capfd.readouterr().err
