@@ -1,6 +1,120 @@
-"""Placeholder: names as the merged module will have them."""
-from settings.envfile import label as file_label
-from settings.envfile import read as read_values
-from settings.models import Model
-from settings.models import find as find_model
-from settings.models import known as known_models
+"""A model is data: `<folder>/<size>.env` is the model `<folder>-<size>`, and `<folder>/serve.j2` is its command line.
+
+Profiles and `.env` are the same kind of file. Both hold NAME=value lines, which are read without expanding `${...}`.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from dotenv.parser import parse_stream
+from invoke import Exit
+
+from cluster.command import template_names
+from cluster.repository import ROOT
+
+
+@dataclass(frozen=True)
+class Model:
+    """One profile: its folder below the root, its file without `.env`, and the name that `--model` takes."""
+
+    folder: str
+    size: str
+    name: str
+
+    @property
+    def profiles(self) -> tuple[Path, ...]:
+        """The files that set values for this model: first the containers' variables, then the knobs."""
+        files = (ROOT / self.folder / "cluster.env", ROOT / self.folder / f"{self.size}.env")
+        return tuple(file for file in files if file.exists())
+
+    @property
+    def serve(self) -> str:
+        """The template of the server's command line."""
+        return f"{self.folder}/serve.j2"
+
+    @property
+    def fetch(self) -> str | None:
+        """The template of the download that the server needs before it starts. Few models have one."""
+        return f"{self.folder}/fetch.j2" if (ROOT / self.folder / "fetch.j2").exists() else None
+
+    @property
+    def knobs(self) -> frozenset[str]:
+        """The names that this model's templates use."""
+        return template_names(self.serve) | (template_names(self.fetch) if self.fetch else frozenset())
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The names that this model's files set.
+
+        The files are searched and not parsed, because every start asks every model. A file that cannot be read sets
+        nothing here, so that only a run with this model stops at it.
+        """
+        try:
+            text = "\n".join(file.read_text(errors="replace") for file in self.profiles)
+        except OSError:
+            return frozenset()
+        return frozenset(re.findall(r"^([A-Z][A-Z0-9_]*)=", text, re.MULTILINE))
+
+
+@cache
+def known_models() -> dict[str, Model]:
+    """Return every model by its name. A folder with one model gives it the folder's own name.
+
+    Raises Exit if two profiles have the same name, or two names that would become the same task.
+    """
+    found: dict[str, Model] = {}
+    for folder in sorted(file.parent for file in ROOT.glob("*/serve.j2")):
+        files = sorted(file for file in folder.glob("[!.]*.env") if file.name != "cluster.env" and file.is_file())
+        for file in files:
+            name = folder.name if len(files) == 1 else f"{folder.name}-{file.stem}"
+            for other in found.values():
+                if re.sub("[._]", "-", name) == re.sub("[._]", "-", other.name):
+                    raise Exit(
+                        f"{file_label(file)} and {other.folder}/{other.size}.env are both the model {name}. "
+                        "Rename one of the files."
+                    )
+            found[name] = Model(folder.name, file.stem, name)
+    return found
+
+
+def find_model(name: str) -> Model:
+    """Return the model that is called name, or `<folder>-<size>`. Raises Exit with the names there are."""
+    models = known_models()
+    by_name = models | {f"{model.folder}-{model.size}": model for model in models.values()}
+    if name not in by_name:
+        raise Exit(f"No model is called {name!r}{nearest(name, by_name)}. There are: {', '.join(models)}.")
+    return by_name[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` if a known name is close to this one, otherwise nothing."""
+    near = get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+# --- Files of NAME=value lines ---------------------------------------------------------------------------------------
+
+
+def file_label(file: Path) -> str:
+    """Return the name of a file for messages: its path below the root, or its whole path."""
+    return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
+
+
+def read_values(file: Path) -> dict[str, str]:
+    """Return the values of a file by name. The last line of a name counts.
+
+    Raises Exit with the number of a line that is no NAME=value. The line is not shown, because it may hold a secret.
+    """
+    try:
+        with file.open(encoding="utf-8") as stream:
+            bindings = list(parse_stream(stream))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Exit(f"{file_label(file)} cannot be read: {error}") from None
+    for binding in bindings:
+        if binding.error or (binding.key and (binding.value is None or not binding.key.isprintable())):
+            raise Exit(f"{file_label(file)}, line {binding.original.line}: expected NAME=value.")
+    return {binding.key: binding.value or "" for binding in bindings if binding.key}

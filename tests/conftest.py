@@ -15,8 +15,7 @@ from invoke import Config, Context, Exit
 from invoke.parser import Parser
 
 import tasks
-from cluster import links
-from settings import envfile
+from cluster import links, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden")
@@ -32,9 +31,9 @@ SPARK = (
 # What `inv` makes anew for every line typed, made once.
 PARSERS = {task.name: Parser(contexts=[task]) for task in tasks.ns.to_contexts()}
 CONTEXTS = {dry: Context(Config(overrides={"run": {"dry": dry}})) for dry in (True, False)}
-# And the project's own profiles, which no test changes, read once.
-_fresh, _once = envfile.read, cache(envfile.read)
-envfile.read = lambda file: dict(_once(file)) if file.parent.parent == ROOT else _fresh(file)
+# No test changes the profiles of this repository, so each is read once.
+_fresh, _once = settings.read_values, cache(settings.read_values)
+settings.read_values = lambda file: dict(_once(file)) if file.parent.parent == ROOT else _fresh(file)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""VLLM_FORWARD_VARS: the variables that both containers start with, and those that never get in."""
+"""VLLM_FORWARD_VARS: the variables that both containers start with, and the names that are refused."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ NEMOTRON = [
 
 @pytest.fixture
 def forwarded(inv):
-    """What is forwarded to the containers, name and value, beyond what every container gets; and what was said."""
+    """Return the variables that the list brings into the containers, and the text on standard error."""
     standard = set(_exports(inv("--dry head").out))
 
     def typed(flags: str = "", **shell: str) -> tuple[dict[str, str], str]:
@@ -33,24 +33,24 @@ def _exports(out: str) -> dict[str, str]:
 
 
 def test_without_a_model_only_the_operators_list_counts(forwarded):
-    """`inv head` forwards what the operator names, and nothing of any profile."""
+    """`inv head` without a model forwards the names of the operator, and no profile's."""
     assert forwarded()[0] == {}
     assert forwarded(VLLM_FORWARD_VARS="A B", A="1", B="two words")[0] == {"A": "1", "B": "two words"}
 
 
 def test_the_operators_list_adds_to_the_profiles(forwarded):
-    """The profile's variables are in both containers whatever the operator lists besides."""
+    """The profile's variables stay on the list when the operator lists others."""
     names = list(forwarded("--model nemotron", VLLM_FORWARD_VARS="A VLLM_ALLOW_LONG_MAX_MODEL_LEN", A="1")[0])
     assert names == [*NEMOTRON, "A"]
 
 
 def test_qwen_forwards_nothing(forwarded):
-    """A model without a cluster.env needs no variable in both containers."""
+    """A model without a cluster.env forwards no variable."""
     assert forwarded("--model qwen-30b")[0] == {}
 
 
 def test_the_operator_has_the_last_word_on_a_forwarded_value(forwarded, env_file):
-    """A forwarded variable is a setting like any other: shell, then .env, then the profile; its origin is said."""
+    """A forwarded variable is a setting: the shell beats .env, .env beats the profile, and the origin is shown."""
     env_file.write_text("VLLM_FORWARD_VARS=MINE\nMINE=from dotenv\nVLLM_USE_FLASHINFER_MOE_FP4=1\n")
     values, err = forwarded("--model nemotron", VLLM_NVFP4_GEMM_BACKEND="cutlass")
     assert values["MINE"] == "from dotenv"
@@ -61,14 +61,14 @@ def test_the_operator_has_the_last_word_on_a_forwarded_value(forwarded, env_file
 
 @pytest.mark.parametrize("shell", [{}, {"MINE": ""}], ids=["unset", "empty"])
 def test_a_listed_name_without_a_value_is_reported(shell, forwarded):
-    """Docker drops an unset name in silence; here it is said, and the name stays out of the command line."""
+    """A name without a value is reported and left out. Docker alone would drop it silently."""
     values, err = forwarded(VLLM_FORWARD_VARS="MINE", **shell)
     assert values == {}
     assert "VLLM_FORWARD_VARS lists MINE, which is unset or empty: no container gets it." in err
 
 
 def test_a_profiles_variable_emptied_by_the_operator_is_reported(forwarded):
-    """Set-but-empty holds for forwarded variables too, and is not silent."""
+    """An empty value takes a profile's variable away, and a note says so."""
     values, err = forwarded("--model nemotron", VLLM_NVFP4_GEMM_BACKEND="")
     assert list(values) == NEMOTRON[1:]
     assert "lists VLLM_NVFP4_GEMM_BACKEND, which is unset or empty" in err
@@ -76,7 +76,7 @@ def test_a_profiles_variable_emptied_by_the_operator_is_reported(forwarded):
 
 @pytest.mark.parametrize("name", ["1A", "A-B", "A=1", "A;B", "$(id)", "é", "--privileged", "A,B"])
 def test_a_name_that_is_no_variable_name_is_refused(name, inv):
-    """The list is names with spaces between them; anything else is a misunderstanding."""
+    """The list takes names of variables with spaces between them, and nothing else."""
     said = inv("--dry head", VLLM_FORWARD_VARS=f"GOOD {name}")
     assert said.code and said.out == ""
     assert f"VLLM_FORWARD_VARS lists {name!r}, which is no variable name" in said.err
@@ -84,24 +84,47 @@ def test_a_name_that_is_no_variable_name_is_refused(name, inv):
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY", "my_password", "MyToken", "KEY", "HUGGING_FACE_HUB_TOKEN"],
+    [
+        "HF_TOKEN",
+        "VLLM_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "my_password",
+        "MyToken",
+        "KEY",
+        "HUGGING_FACE_HUB_TOKEN",
+        "my_passwd",
+    ],
 )
 def test_a_name_that_looks_like_a_secret_is_refused(name, inv):
-    """What a container starts with can be read in `docker inspect`: no secret goes that way."""
+    """`docker inspect` shows a container's variables to every user, so no secret may become one."""
     said = inv("--dry worker", VLLM_FORWARD_VARS=name, **{name: "marker"})
     assert said.code and said.out == "" and "marker" not in said.err
-    assert f"VLLM_FORWARD_VARS lists {name}, which looks like a secret" in said.err
+    assert f"VLLM_FORWARD_VARS lists {name!r}, which looks like a secret" in said.err
 
 
-@pytest.mark.parametrize("name", ["VLLM_IMAGE", "VLLM_FORWARD_VARS"])
+@pytest.mark.parametrize("name", ["VLLM_IMAGE", "VLLM_FORWARD_VARS", "NODE_RAY_IMAGE", "NODE_RAY_REPOSITORY"])
 def test_this_projects_own_names_are_never_in_a_container(name, inv):
-    """vLLM warns of VLLM_* names that it does not know, so the project's own stay outside: listed, they are refused."""
+    """The names of this project stay outside of the containers, where vLLM would warn of them."""
     said = inv("--dry head", VLLM_FORWARD_VARS=name)
-    assert said.code and said.out == "" and f"lists {name}, which is this project's own" in said.err
+    assert said.code and said.out == "" and f"lists {name!r}, which is this project's own" in said.err
+
+
+@pytest.mark.parametrize("name", ["PATH", "HOME", "EUID", "RANDOM", "LINENO", "GROUPS", "BASHPID", "SECONDS", "_"])
+def test_a_variable_of_the_shell_itself_is_refused(name, inv):
+    """bash sets these itself, so a pasted line would lose the value."""
+    said = inv("--dry head", VLLM_FORWARD_VARS=name)
+    assert said.code and said.out == "" and f"lists {name!r}, which every container" in said.err
+
+
+@pytest.mark.parametrize(("name", "setting"), [("MASTER_ADDR", "HEAD_NODE_IP"), ("NCCL_IB_DISABLE", "RDMA_HCAS")])
+def test_a_variable_that_a_setting_decides_is_refused(name, setting, inv):
+    """The refusal names the setting that changes the variable."""
+    said = inv("--dry head", VLLM_FORWARD_VARS=name)
+    assert said.code and said.out == "" and f"by the setting {setting}" in said.err
 
 
 def test_settings_that_nobody_forwards_stay_outside(inv):
-    """The operator's own settings and environment do not leak into the container by being set."""
+    """A variable of the shell that is not listed stays outside of the container."""
     said = inv("--dry head --model nemotron", VLLM_IMAGE="mine:1", VLLM_LOGGING_LEVEL="DEBUG", PORT="1", FOO="bar")
     assert {"VLLM_IMAGE", "VLLM_FORWARD_VARS", "VLLM_LOGGING_LEVEL", "PORT", "FOO"}.isdisjoint(_exports(said.out))
 
@@ -111,12 +134,12 @@ def test_settings_that_nobody_forwards_stay_outside(inv):
     [("MINE", "007"), ("MINE", "a=b c"), ("MINE", "-1"), ("ENABLE_MINE", "0"), ("ENABLE_MINE", "true")],
 )
 def test_a_forwarded_value_is_handed_on_as_it_stands(name, value, forwarded):
-    """What the project knows nothing about it does not judge: it goes by name, where nothing can misread it."""
+    """A forwarded value is not changed, whatever it looks like."""
     assert forwarded(VLLM_FORWARD_VARS=name, **{name: value})[0] == {name: value}
 
 
 def test_nccls_own_switches_are_passed_on_only_if_set(forwarded):
-    """NCCL_DEBUG, its parts and the GID index reach the containers when the operator says so, and are never made up."""
+    """NCCL_DEBUG, its parts and the GID index reach the containers only if the operator sets them."""
     own = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_IB_GID_INDEX": "3"}
     assert forwarded()[0] == {}
     assert forwarded(**own)[0] == own

@@ -36,9 +36,9 @@ def test_one_module_starts_processes():
 
 
 def test_settings_are_read_in_one_place():
-    """Only settings/ reads the environment for a setting; cluster/engine.py asks for the Engine's own address."""
+    """Only cluster/settings.py reads the environment for a setting. cluster/engine.py asks for the Engine's address."""
     assert _files_with(r"os\.environ|getenv", MODULES) == {
-        "settings/resolve.py",
+        "cluster/settings.py",
         "cluster/command.py",
         "cluster/engine.py",
     }

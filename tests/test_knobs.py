@@ -1,9 +1,9 @@
-"""Every knob of every model: the lines that it takes out of what `inv --dry launch` prints, and those it puts in."""
+"""Every knob of every model, with the lines that it adds to the output of `inv --dry launch` and those it removes."""
 
 import pytest
 
-from settings import models
-from settings.names import CORE
+from cluster.models import known_models
+from cluster.settings import CORE
 
 PARSERS = "/root/.cache/huggingface/parsers"
 SUPER = "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4"
@@ -101,7 +101,7 @@ CHANGES = [
 
 @pytest.fixture(scope="module")
 def unchanged() -> dict[str, list[str]]:
-    """What launch prints of each model as its profile has it, filled in as it is needed."""
+    """The lines that launch prints for each model with its unchanged profile. Filled in when needed."""
     return {}
 
 
@@ -111,7 +111,7 @@ def _lines(out: str) -> list[str]:
 
 @pytest.mark.parametrize(("knob", "changes"), [(row[0], row[1:]) for row in CHANGES], ids=[row[0] for row in CHANGES])
 def test_a_knob_changes_these_lines_and_no_others(knob, changes, inv, unchanged):
-    """A knob in the shell adds or drops its own flag: set-but-empty and 0 drop it, and nothing else moves."""
+    """A knob changes its own flag and no other. Empty and 0 remove the flag."""
     model, setting = knob.split()
     if model not in unchanged:
         unchanged[model] = _lines(inv(f"--dry launch --model {model}").out)
@@ -129,21 +129,21 @@ def _only_in(some: list[str], others: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("folder", ["nemotron", "qwen"])
 def test_every_knob_of_a_folder_has_a_row(folder):
-    """No knob comes into a profile without a line here that says what it does."""
+    """A new knob of a profile needs a row in CHANGES."""
     shown = {knob.split()[1].split("=")[0] for knob, *_ in CHANGES if knob.startswith(folder)}
-    knobs = frozenset().union(*(model.knobs for model in models.known().values() if model.folder == folder))
+    knobs = frozenset().union(*(model.knobs for model in known_models().values() if model.folder == folder))
     assert knobs - CORE.keys() <= shown
 
 
-def test_words_for_the_flag_that_nobody_foresaw_come_last(inv):
-    """SERVE_EXTRA is read as a shell would read it and ends the line, so that it has the last word."""
+def test_the_extra_words_come_last(inv):
+    """SERVE_EXTRA is split as a shell would split it, and ends the line, so that its options win."""
     said = inv("--dry launch --model qwen-30b", SERVE_EXTRA="""--hf-overrides '{"a": "b c"}' --seed 1""").out
     assert """--tool-call-parser hermes \\\n  --hf-overrides \\\n  '{"a": "b c"}' \\\n  --seed \\\n  1\n""" in said
 
 
 @pytest.mark.parametrize("length", ["1M", "1048576"])
-def test_max_len_is_said_back_as_a_number(length, inv):
-    """`--max-len 1M` is what vLLM would read, and the operator sees the number."""
+def test_max_len_is_shown_as_a_number(length, inv):
+    """`--max-len 1M` becomes the number that vLLM would read, and the operator sees it."""
     said = inv(f"--dry launch --model nemotron --max-len {length}")
     assert "--max-model-len 1048576" in said.out
     assert "MAX_MODEL_LEN = 1048576 (flag --max-len)" in said.err

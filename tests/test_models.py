@@ -1,4 +1,4 @@
-"""Models are data: a folder or a file more is a model more, with its names and tasks, and no Python."""
+"""A model is data: one more folder or file is one more model, with its names and its task, and no Python."""
 
 import os
 import re
@@ -11,15 +11,15 @@ import pytest
 from invoke import Exit
 
 import tasks
-from settings import models
+from cluster.models import Model, find_model, known_models
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_profile_is_a_model():
-    """`<folder>/<size>.env` beside a serve.j2 is a model; cluster.env is what its containers start with."""
+    """Each `<folder>/<size>.env` beside a serve.j2 is a model, but for cluster.env."""
     files = {file for serve in ROOT.glob("*/serve.j2") for file in serve.parent.glob("*.env")}
-    found = {ROOT / model.folder / f"{model.size}.env" for model in models.known().values()}
+    found = {ROOT / model.folder / f"{model.size}.env" for model in known_models().values()}
     assert found == {file for file in files if file.name != "cluster.env"}
 
 
@@ -28,39 +28,84 @@ def test_every_profile_is_a_model():
     [("nemotron", "nemotron"), ("nemotron-120b", "nemotron"), ("qwen-30b", "qwen-30b"), ("qwen-122b", "qwen-122b")],
 )
 def test_a_folder_with_one_model_answers_to_both_names(called, name):
-    """The full name always works; a folder's own name does where there is no doubt."""
-    assert models.find(called).name == name
+    """The full name always works. The folder's own name works if the folder has one model."""
+    assert find_model(called).name == name
 
 
 @pytest.mark.parametrize("called", ["qwen", "nemotrom", "", "../nemotron", "nemotron/120b", "cluster", "qwen-cluster"])
 @pytest.mark.parametrize("line", ["--dry launch", "--dry head", "plan"])
-def test_an_unknown_model_is_refused_with_those_that_there_are(called, line, inv):
-    """Not a traceback: the names, in a sentence."""
+def test_an_unknown_model_is_refused_with_the_names_of_all(called, line, inv):
+    """The refusal is one sentence with the names of all models."""
     said = inv(f"{line} --model '{called}'")
     assert said.code and said.out == ""
-    assert f"No model is called {called!r}." in said.err and ", ".join(models.known()) in said.err
+    assert f"No model is called {called!r}" in said.err and f"There are: {', '.join(known_models())}." in said.err
 
 
 def test_the_nearest_name_is_offered():
-    """A typing error is answered with what was probably meant."""
-    with pytest.raises(Exit, match=r"Did you mean nemotron\?"):
-        models.find("nemotorn")
+    """The refusal of a typing error offers the nearest name."""
+    with pytest.raises(Exit, match=r"did you mean nemotron\?"):
+        find_model("nemotorn")
 
 
-@pytest.mark.parametrize("name", models.known())
+@pytest.mark.parametrize("name", known_models())
 def test_each_model_has_a_launch_task_of_its_own(name, inv):
-    """`inv launch-NAME` is `inv launch --model NAME`, its flags too."""
+    """`inv launch-NAME` does the same as `inv launch --model NAME`, flags included."""
     assert inv(f"--dry launch-{name} --max-len 256").out == inv(f"--dry launch --model {name} --max-len 256").out
 
 
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty repository whose models are asked for."""
+    monkeypatch.setattr("cluster.models.ROOT", tmp_path)
+    known_models.cache_clear()
+    yield tmp_path
+    known_models.cache_clear()
+
+
+def write_profiles(root, *names):
+    """Write empty profiles, each beside a template."""
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+        (root / name).with_name("serve.j2").touch()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [("a/b.env", "a-b/1.env", "a-b"), ("m/a_b.env", "m/a-b.env", "m-a_b"), ("m/3.1.env", "m/3-1.env", "m-3.1")],
+)
+def test_two_profiles_of_one_name_are_refused(one, other, name, root):
+    """Neither of two profiles replaces the other silently: the refusal names both files."""
+    write_profiles(root, one, other, "a/c.env")
+    with pytest.raises(Exit, match=f"are both the model {name}") as refusal:
+        known_models()
+    assert one in refusal.value.message and other in refusal.value.message
+
+
+def test_a_file_that_is_no_profile_is_no_model(root):
+    """A hidden file and a folder with the ending of a profile are passed over."""
+    write_profiles(root, "a/1.env", "a/.env", "a/.old.env")
+    (root / "a/backup.env").mkdir()
+    assert known_models() == {"a": Model("a", "1", "a")}
+
+
+def test_a_broken_profile_stops_only_its_own_model(root):
+    """Other models know no key of a profile that cannot be read, and go on."""
+    write_profiles(root, "a/1.env", "b/1.env")
+    (root / "a/1.env").write_bytes(b"X=\xff\n")
+    (root / "b/1.env").unlink()
+    (root / "b/1.env").mkdir()
+    assert (Model("a", "1", "a").keys, Model("b", "1", "b").keys) == ({"X"}, set())
+
+
 def test_there_is_no_launch_task_without_a_model():
-    """The tasks are made from the profiles, and not written out."""
+    """There is exactly one launch task for each profile."""
     made = {name.removeprefix("launch-") for name in tasks.ns.task_names if name.startswith("launch-")}
-    assert made == set(models.known())
+    assert made == set(known_models())
 
 
 def test_a_new_model_is_a_folder_and_no_python(tmp_path):
-    """A copy of this project with one folder more launches its models, whatever their files are called."""
+    """A copy of this repository with one more folder launches the models of that folder."""
     for part in ("tasks.py", "cluster", "command", "host", "settings", "templates", "nemotron", ".env.example"):
         whole = ROOT / part
         (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / part)

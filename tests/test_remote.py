@@ -3,12 +3,10 @@
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 from invoke import Exit
 
-import tasks
 from command import run
 from fleet import remote
 from settings import models, resolve, version
@@ -213,72 +211,3 @@ def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled
     assert lines[0] == f"spark-2: `{task}` failed with status {status}. Its last lines:"
     assert lines[1] == f"  {last or '(it said nothing)'}" and failed.value.code == status
     assert len(lines) == 2 + bool(hint) and (hint is None or hint in lines[2])
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
-    """A small repository, whose version is asked."""
-    for name in (
-        "tasks.py",
-        "requirements.lock",
-        "templates/a.j2",
-        "tiny/1b.env",
-        "cluster/Dockerfile",
-        "cluster/a.py",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    monkeypatch.setattr(version, "ROOT", tmp_path)
-    return tmp_path
-
-
-def written(checkout: Path, name: str) -> str:
-    """The version once this file is written."""
-    (checkout / name).parent.mkdir(exist_ok=True)
-    (checkout / name).write_text("another byte")
-    return version.digest()
-
-
-@pytest.mark.parametrize(
-    "name", ["templates/a.j2", "templates/b.j2", "tiny/1b.env", "cluster/Dockerfile", "tasks.py", "requirements.lock"]
-)
-def test_what_decides_what_a_node_runs_is_the_version(name, checkout):
-    """A byte in a template, a profile, the Dockerfile or the code makes it another one."""
-    before = version.digest()
-    assert written(checkout, name) != before
-
-
-def test_another_name_is_another_version(checkout):
-    """The same bytes in the same place of the list: a template that is looked for by name is missing."""
-    before = version.digest()
-    (checkout / "templates/a.j2").rename(checkout / "templates/b.j2")
-    assert version.digest() != before
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("tests/a.py", "docs/a.json", "bench/a.py", "README.md", "tiny/README.md", ".env", ".venv/a.py"),
-        *("cluster/.a.py", "cluster/a.pyc", ".git/HEAD"),
-    ],
-)
-def test_what_decides_nothing_is_no_other_version(name, checkout):
-    """Tests, documents, this site's `.env` and what git and Python keep may differ."""
-    before = version.digest()
-    assert written(checkout, name) == before
-
-
-def test_what_git_ignores_is_no_other_version(checkout):
-    """`pip install .` on one node leaves a folder that git never shows: it cannot be pulled away."""
-    before = version.digest()
-    assert written(checkout, "dgx_spark_cluster.egg-info/PKG-INFO") == before
-
-
-def test_another_version_is_refused(checkout):
-    """With both, and what to type; the head's own goes on, and so does a worker that nobody gave one."""
-    version.check(None)
-    version.check(version.digest())
-    with pytest.raises(Exit, match=f"sha256 {version.digest()[:12]}, the head has 0123456789ab. .* git pull"):
-        version.check("0123456789abcdef")
-    with pytest.raises(Exit, match="another version"):
-        tasks.worker.body(None, repository="")

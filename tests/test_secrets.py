@@ -1,4 +1,4 @@
-"""Secrets travel by name: no value of one is printed, in an argv, or said back, however wrong it was given."""
+"""Secrets are passed by name: the value of a secret is in no output and in no command line."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from checks import inspection
-from settings import models
+from cluster.models import known_models
 
 HF, KEY = "hf_marker7", "sk_marker7"
 SECRETS = {"HF_TOKEN": HF, "VLLM_API_KEY": KEY}
@@ -19,20 +19,20 @@ LINES = [
     "--dry health",
     "--dry cleanup",
     "--dry memory",
-    *(f"--dry {task} --model {name}" for task in ("head", "worker", "launch") for name in models.known()),
-    *(f"plan --model {name}" for name in models.known()),
+    *(f"--dry {task} --model {name}" for task in ("head", "worker", "launch") for name in known_models()),
+    *(f"plan --model {name}" for name in known_models()),
 ]
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_no_secret_is_printed(line, inv):
-    """Neither standard output nor standard error of any task has a secret's value in it."""
+    """No task prints the value of a secret, on either stream."""
     said = inv(line, **SECRETS)
     assert said.code == 0 and "marker7" not in said.out + said.err
 
 
 def test_no_secret_of_dotenv_is_printed(inv, env_file):
-    """A secret in .env is named with its origin, and no more."""
+    """A secret in .env is shown as set, with its origin."""
     env_file.write_text(f"HF_TOKEN={HF}\nVLLM_API_KEY='{KEY}'\n")
     said = inv("plan --model nemotron")
     assert "marker7" not in said.out + said.err
@@ -40,14 +40,14 @@ def test_no_secret_of_dotenv_is_printed(inv, env_file):
 
 
 def test_the_nodes_containers_get_no_secret(inv):
-    """The words HF_TOKEN and VLLM_API_KEY are not even named to `docker run`."""
+    """The line of `docker run` does not even name HF_TOKEN and VLLM_API_KEY."""
     for task in ("head", "worker"):
         out = inv(f"--dry {task} --model nemotron", **SECRETS).out
         assert "HF_TOKEN" not in out and "API_KEY" not in out
 
 
 def test_the_server_takes_its_secrets_by_name(inv):
-    """`docker exec` is told the names alone, and a pasted line stops where one that is required is missing."""
+    """`docker exec` gets the names alone, and a pasted line stops if a required secret is missing."""
     out = inv("--dry launch --model nemotron", **SECRETS).out
     serve = out[out.index(': "${HF_TOKEN:?}" && \\\n: "${VLLM_API_KEY:?}" && \\\ndocker exec') :]
     assert re.findall(r"^  -e (.*) \\$", serve, re.M) == ["HF_TOKEN", "VLLM_API_KEY"]
@@ -55,16 +55,16 @@ def test_the_server_takes_its_secrets_by_name(inv):
 
 @pytest.mark.parametrize("name", SECRETS)
 @pytest.mark.parametrize("broken", ["marker7\n", "mar\x1bker7", "marker7\udcff"], ids=ascii)
-def test_a_malformed_secret_is_not_said_back(name, broken, inv):
-    """A refusal of a secret names it and its origin; what it got stays unsaid."""
+def test_a_malformed_secret_is_not_shown(name, broken, inv):
+    """The refusal of a secret shows its name and origin, and not its value."""
     said = inv("--dry launch --model nemotron", **{name: broken})
     assert said.code and said.out == "" and "ker7" not in said.err
     assert f"{name} (shell)" in said.err
 
 
 @pytest.mark.parametrize("line", [f"VLLM_API_KEY: {KEY}", f'VLLM_API_KEY="{KEY}', KEY, f"{KEY} {HF}"])
-def test_a_malformed_line_of_dotenv_is_not_said_back(line, inv, env_file):
-    """A line that cannot be read may be half a secret."""
+def test_a_malformed_line_of_dotenv_is_not_shown(line, inv, env_file):
+    """A line that cannot be read may hold a part of a secret."""
     env_file.write_text(f"{line}\n")
     said = inv("--dry launch --model nemotron")
     assert said.code and said.out == "" and "marker7" not in said.err
@@ -80,15 +80,15 @@ def test_a_malformed_line_of_dotenv_is_not_said_back(line, inv, env_file):
         f"--hf-t {HF}",
     ],
 )
-def test_a_secret_among_the_extra_words_is_refused_and_not_said_back(words, inv):
-    """A key on the server's command line could be read in `ps`: SERVE_EXTRA refuses it, without repeating it."""
+def test_a_secret_among_the_extra_words_is_refused_and_not_shown(words, inv):
+    """SERVE_EXTRA refuses a key, which every user could read in `ps`. The refusal does not repeat it."""
     said = inv("--dry launch --model nemotron", SERVE_EXTRA=words)
     assert said.code and said.out == "" and "SERVE_EXTRA (shell)" in said.err
     assert "marker7" not in said.err
 
 
 def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
-    """The program that runs has the secrets of .env in its environment and none in its words."""
+    """A program gets the secrets of .env in its environment, and none among its words."""
     (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >>"$SEEN.argv"\nenv >>"$SEEN.env"\necho said\n')
     (tmp_path / "docker").chmod(0o755)
     operator.setenv("SEEN", str(tmp_path / "seen"))
@@ -105,7 +105,7 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
 
 
 def test_a_paste_at_a_prompt_stops_at_a_missing_secret(inv, tmp_path):
-    """An interactive bash goes on to the next line after `${NAME:?}`: so the command is on the same one."""
+    """An interactive bash would go on with the next line after a failed `${NAME:?}`, so the command is on that line."""
     (tmp_path / "docker").write_text('#!/bin/sh\ntouch "$RAN"\n')
     (tmp_path / "docker").chmod(0o755)
     (text,) = (text for text in inv("--dry launch --model qwen-30b").out.split("\n\n") if "vllm serve" in text)
@@ -117,8 +117,8 @@ def test_a_paste_at_a_prompt_stops_at_a_missing_secret(inv, tmp_path):
         assert (tmp_path / "ran").exists() == ran
 
 
-def test_a_hook_is_not_said(inv, env_file):
-    """WATCH_HOOK may hold a key of the operator's own, on whichever machine `.env` is: that it is set is said alone."""
+def test_a_hook_is_not_shown(inv, env_file):
+    """WATCH_HOOK may hold a key of the operator, so only the fact that it is set is shown."""
     said = inv("--dry down --here", WATCH_HOOK="hook --key marker7")
     assert "WATCH_HOOK set (shell)" in said.err and "marker7" not in said.out + said.err
     env_file.write_text("WATCH_HOOK=\n")

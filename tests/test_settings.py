@@ -1,19 +1,21 @@
-"""Settings: who has the last word, what each may look like, and how a refusal or a doubt is said."""
+"""Settings: which source wins, which values are taken, and how a refusal or a note reads."""
 
 import os
 
 import pytest
 from invoke import Exit
 
-from settings import models, resolve
+from cluster import models
+from cluster.models import Model, find_model
+from cluster.settings import Settings, load_settings
 
 
 @pytest.fixture
 def settle(operator):
-    """Settles the settings of one run: settle("nemotron", {"MAX_MODEL_LEN": "1M"}, PORT="1")."""
+    """Load the settings of one run: settle("nemotron", {"MAX_MODEL_LEN": "1M"}, PORT="1")."""
 
-    def settled(model: str | None = "nemotron", flags: dict | None = None, **shell: str) -> resolve.Settings:
-        return resolve.load(models.find(model) if model else None, flags, {**os.environ, **shell})
+    def settled(model: str | None = "nemotron", flags: dict | None = None, **shell: str) -> Settings:
+        return load_settings(find_model(model) if model else None, flags, {**os.environ, **shell})
 
     return settled
 
@@ -27,7 +29,7 @@ def settle(operator):
         (None, None, None, "1048576", "nemotron/120b.env"),
     ],
 )
-def test_the_last_word(flag, shell, dotenv, value, origin, settle, env_file):
+def test_a_flag_beats_the_shell_and_so_on(flag, shell, dotenv, value, origin, settle, env_file):
     """A flag beats the shell, the shell beats .env, .env beats the profile."""
     env_file.write_text(f"MAX_MODEL_LEN={dotenv}\n" if dotenv else "")
     settings = settle("nemotron", {"MAX_MODEL_LEN": flag}, **({"MAX_MODEL_LEN": shell} if shell else {}))
@@ -35,14 +37,14 @@ def test_the_last_word(flag, shell, dotenv, value, origin, settle, env_file):
 
 
 def test_a_profile_beats_the_default_and_the_default_is_last(settle):
-    """A profile may say what the project's default says otherwise; what nobody says is absent."""
+    """A profile may replace a default. A setting that is set nowhere is absent."""
     assert settle("rehearsal")["VLLM_IMAGE"] == "rehearsal/vllm-ray"
     assert settle("nemotron").origin("VLLM_IMAGE") == "default"
     assert "NCCL_IB_GID_INDEX" not in settle("nemotron")
 
 
-def test_what_did_not_come_from_the_profile_is_said_with_its_origin(inv, env_file):
-    """A run begins with a line for each value of flag, shell and .env, and for no other."""
+def test_a_setting_of_the_operator_is_shown_with_its_origin(inv, env_file):
+    """A run begins with one line for each value of a flag, the shell and .env, and for no other."""
     env_file.write_text("PORT=8001\nMOE_BACKEND=\nHF_TOKEN=hf_marker\n")
     err = inv("--dry launch --model nemotron --max-len 256k", SYSFS="/sys", SERVED_NAME="mine").err
     assert err.splitlines() == [
@@ -57,7 +59,7 @@ def test_what_did_not_come_from_the_profile_is_said_with_its_origin(inv, env_fil
 
 @pytest.mark.parametrize("where", ["shell", "dotenv"])
 def test_set_but_empty_is_a_value(where, settle, env_file):
-    """An empty value is the operator's word, in the shell and in .env: it does not let the profile's through."""
+    """An empty value in the shell or in .env replaces the profile's value."""
     env_file.write_text("MOE_BACKEND=\n" if where == "dotenv" else "MOE_BACKEND=triton\n")
     assert settle(**({"MOE_BACKEND": ""} if where == "shell" else {}))["MOE_BACKEND"] == ""
 
@@ -114,13 +116,14 @@ REFUSED = {
     "MOE_BACKEND": ["-x", "--trust-remote-code"],
     "REASONING_PARSER": ["--x"],
     "NCCL_DEBUG": ["-x"],
+    "REQUIRED_SECRETS": ["HF_TOKENVLLM_API_KEY", "HF_TOKEN,VLLM_API_KEY"],
     "SERVE_EXTRA": ["'", '--a "b', "x\\"],
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_value_of_the_wrong_form_is_refused_in_a_sentence(name, settle):
-    """A refusal names the setting, where it came from, what it got and what it takes."""
+    """A refusal names the setting, its origin, its value and the values that it takes."""
     for value in REFUSED[name]:
         with pytest.raises(Exit) as refusal:
             settle(**{name: value})
@@ -151,14 +154,14 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_value_of_the_right_form_is_read_to_this(name, settle):
-    """What is taken stands in one canonical form: numbers as digits, tokens counted out, ~ as the home folder."""
+def test_a_value_of_the_right_form_is_brought_to_one_spelling(name, settle):
+    """Numbers become plain digits, tokens are counted out, and ~ becomes the home folder."""
     assert {value: settle(**{name: value})[name] for value in TAKEN[name]} == TAKEN[name]
 
 
 @pytest.mark.parametrize("char", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\udcff"], ids=ascii)
 def test_control_characters_are_refused_everywhere(char, settle):
-    """No value breaks a line, moves the cursor of who reads it, or is no text at all; the sentence shows it escaped."""
+    """No value may break a line or move a cursor. The refusal shows the character escaped."""
     for name in ("SERVED_NAME", "CACHE_DIR", "VLLM_FORWARD_VARS", "SERVE_EXTRA", "HF_TOKEN", "PORT"):
         with pytest.raises(Exit) as refusal:
             settle(**{name: f"/a{char}b"})
@@ -177,14 +180,14 @@ def test_control_characters_are_refused_everywhere(char, settle):
     ],
 )
 def test_a_refusal_names_flag_or_file(line, origin, inv, env_file):
-    """The operator is told which of their words it was, flag by flag and in .env."""
+    """The refusal says which flag or file the value came from."""
     env_file.write_text("PORT=a lot\n" if origin.endswith("(.env)") else "")
     said = inv(line)
     assert said.code and said.out == "" and said.err.startswith(f"{origin} is 'a lot'; it takes ")
 
 
 def test_more_memory_than_the_host_can_give_is_refused(settle):
-    """GPU_MEM_UTIL is at most GPU_MEM_UTIL_MAX, which may be moved on purpose."""
+    """GPU_MEM_UTIL is at most GPU_MEM_UTIL_MAX. The operator may set that higher."""
     with pytest.raises(Exit, match=r"^GPU_MEM_UTIL \(shell\) is 0.86; .* GPU_MEM_UTIL_MAX, which is 0.85 \(default\)"):
         settle(GPU_MEM_UTIL="0.86")
     assert settle(GPU_MEM_UTIL="0.86", GPU_MEM_UTIL_MAX="0.9")["GPU_MEM_UTIL"] == "0.86"
@@ -196,14 +199,14 @@ def test_more_memory_than_the_host_can_give_is_refused(settle):
 
 
 def test_nothing_in_dotenv_is_expanded(settle, env_file):
-    """`${X}` stays as it stands: one setting does not depend on another's, or on the shell's."""
+    """`${X}` stays as written: one setting never depends on another or on the shell."""
     env_file.write_text('SERVED_NAME="${HOME}-$(id)"\nCACHE_DIR=/$USER\n')
     settings = settle()
     assert (settings["SERVED_NAME"], settings["CACHE_DIR"]) == ("${HOME}-$(id)", "/$USER")
 
 
 def test_dotenv_reads_quotes_comments_and_exports(settle, env_file):
-    """What people write in such files is read as they mean it; the last line of a name counts."""
+    """Quotes, comments and `export` are understood. The last line of a name counts."""
     env_file.write_text("# ours\nexport PORT=1 # first\nPORT=2\nSERVED_NAME='a # b'\n\nHEAD_NODE_IP = 10.1.1.1\n")
     settings = settle()
     assert (settings["PORT"], settings["SERVED_NAME"], settings["HEAD_NODE_IP"]) == ("2", "a # b", "10.1.1.1")
@@ -211,21 +214,21 @@ def test_dotenv_reads_quotes_comments_and_exports(settle, env_file):
 
 @pytest.mark.parametrize("line", ["PORT", "PORT: 8000", "a b c", 'PORT="8000', "= 1", "\x1b[31mPORT=1"])
 def test_a_malformed_line_is_named(line, settle, env_file):
-    """A line of .env that is no NAME=value is an error with its number, and is not shown: it may hold a secret."""
+    """A line of .env that is no NAME=value is refused by its number. Its text may be a secret and is not shown."""
     env_file.write_text(f"HOST=::\n{line}\n")
     with pytest.raises(Exit, match=r"site.env, line 2: expected NAME=value\.$"):
         settle()
 
 
 def test_a_dotenv_that_is_no_text_is_refused(settle, env_file):
-    """Undecodable bytes end in a sentence, not in a traceback."""
+    """Bytes that are no UTF-8 end in a sentence, not in a traceback."""
     env_file.write_bytes(b"SERVED_NAME=\xff\n")
     with pytest.raises(Exit, match=r"site.env cannot be read: "):
         settle()
 
 
 def test_an_env_file_that_is_not_there_is_refused(settle):
-    """ENV_FILE names a file, or nothing for none; a typing error is not read as none."""
+    """An ENV_FILE that does not exist is refused. Only an empty ENV_FILE means no file."""
     with pytest.raises(Exit, match=r"ENV_FILE \(shell\) is '/no/such/file'; it takes a file that exists"):
         settle(ENV_FILE="/no/such/file")
 
@@ -234,20 +237,20 @@ def test_an_env_file_that_is_not_there_is_refused(settle):
     ("name", "near"), [("HEAD_NODE_IPS", "HEAD_NODE_IP"), ("MAX_MODEL_LENGTH", "MAX_MODEL_LEN"), ("COLOUR", None)]
 )
 def test_an_unknown_name_in_dotenv_is_a_note_with_the_nearest(name, near, settle, env_file):
-    """A name that nobody knows is not silently nothing."""
+    """A name that nothing knows is reported, because a typing error would otherwise go unseen."""
     env_file.write_text(f"{name}=1\n")
     hint = f" (did you mean {near}?)" if near else ""
     assert settle().notes == (f".env sets {name}, which nothing knows{hint}.",)
 
 
 def test_a_knob_of_another_model_in_dotenv_is_known(settle, env_file):
-    """One .env serves all models: a knob that this one lacks is no mistake."""
+    """One .env serves all models, so a knob that this model lacks is no mistake."""
     env_file.write_text("ENABLE_PREFIX_CACHING=0\nENABLE_MTP=1\nVLLM_FORWARD_VARS=MINE\nMINE=1\n")
     assert settle("nemotron").notes == settle("qwen-30b").notes == ()
 
 
 def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
-    """`ENABLE_MTP=1 inv launch --model qwen-30b` does nothing, and says so."""
+    """`ENABLE_MTP=1 inv launch --model qwen-30b` changes nothing, and a note says so."""
     assert settle("qwen-30b", ENABLE_MTP="1").notes == (
         "ENABLE_MTP is set in the shell, but this run does not use it.",
     )
@@ -256,7 +259,7 @@ def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
 @pytest.mark.parametrize(("mode", "noted"), [(0o600, False), (0o640, True), (0o604, True)])
 @pytest.mark.parametrize("text", ["HF_TOKEN=hf_marker\n", "VLLM_API_KEY=sk_marker\n"])
 def test_a_dotenv_with_a_secret_is_for_its_owner(mode, noted, text, settle, env_file):
-    """Where others can read a secret the operator gets the chmod to type; without a secret nothing is said."""
+    """A secret that other users can read brings a note with the chmod to type. A file without a secret brings none."""
     env_file.write_text(text)
     env_file.chmod(mode)
     said = settle().notes
@@ -270,15 +273,15 @@ def test_a_dotenv_with_a_secret_is_for_its_owner(mode, noted, text, settle, env_
 
 @pytest.fixture
 def profile(operator, tmp_path, settle):
-    """Settles a profile of these words, beside nemotron's templates."""
+    """Load the settings of a profile with this text, beside qwen's template."""
 
-    def settled(text: str, **shell: str) -> resolve.Settings:
+    def settled(text: str, **shell: str) -> Settings:
         folder = tmp_path / "mine"
         folder.mkdir(exist_ok=True)
         (folder / "8b.env").write_text(text)
         operator.setattr(models, "ROOT", tmp_path)
-        operator.setattr(models.Model, "serve", "qwen/serve.j2")
-        return resolve.load(models.Model("mine", "8b", "mine"), {}, {"ENV_FILE": "", **shell})
+        operator.setattr(Model, "serve", "qwen/serve.j2")
+        return load_settings(Model("mine", "8b", "mine"), {}, {"ENV_FILE": "", **shell})
 
     return settled
 
@@ -288,23 +291,23 @@ MAX_NUM_BATCHED_TOKENS=\nENABLE_PREFIX_CACHING=\nENABLE_TRUST_REMOTE_CODE=\nREAS
 
 
 def test_a_whole_profile_is_taken(profile):
-    """A profile says each name that its template uses, and may say the core settings."""
+    """A profile sets each name that its template uses, and may set other settings too."""
     assert profile(QWEN + "VLLM_IMAGE=mine:1\n")["VLLM_IMAGE"] == "mine:1"
 
 
 def test_an_unknown_key_in_a_profile_is_an_error(profile):
-    """A typing error in a profile names file, key and the nearest that there is."""
+    """The refusal names the file, the key and the nearest key that exists."""
     with pytest.raises(Exit, match=r"mine/8b.env sets MAX_NUM_SEQ, .* \(did you mean MAX_NUM_SEQS\?\)"):
         profile(QWEN + "MAX_NUM_SEQ=4\n")
 
 
 def test_a_key_that_a_profile_lacks_is_an_error(profile):
-    """A template never meets a name without a value: the file that should say it is named."""
+    """A profile must set each name that its template uses. The refusal names the file."""
     with pytest.raises(Exit, match=r"mine/8b.env lacks SERVED_NAME, TP_SIZE, which "):
         profile(QWEN.replace("SERVED_NAME=x\nTP_SIZE=2\n", ""))
 
 
 def test_a_value_of_the_wrong_form_in_a_profile_names_the_file(profile):
-    """A profile is held to the same forms as the operator."""
+    """A profile's values have the same forms as the operator's."""
     with pytest.raises(Exit, match=r"^TP_SIZE \(.*mine/8b.env\) is 'two'; it takes a whole number"):
         profile(QWEN.replace("TP_SIZE=2", "TP_SIZE=two"))
