@@ -1,5 +1,136 @@
-"""Placeholder: names as the merged module will have them."""
-from vitals.api import Answer, Metrics
-from vitals.api import ask as ask_api
-from vitals.api import generate as generate_token
-from vitals.api import metrics as read_metrics
+"""The API as a client sees it: one generated token, which alone proves that the server works, and the metrics."""
+
+import html
+import http.client
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, replace
+from urllib.parse import quote, urlsplit
+
+# Counters and gauges that move while the server works. The KV cache's gauge has an older name (vLLM before 0.11).
+_MOVING = ("prompt_tokens_total", "generation_tokens_total", "kv_cache_usage_perc", "gpu_cache_usage_perc")
+_SAMPLE = re.compile(r"^vllm:(\w+)(?:{.*})? (\S+)$", re.MULTILINE)
+# Bytes that are read of an answer with status 200, and of any other.
+_MOST, _MOST_OF_ERROR = 2**24, 2000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The API's answer to one request. Where no whole answer came, `status` is None and `text` says why.
+
+    `seconds`: how long it took. `silent`: no whole answer came in time. `error`: what ended the request.
+    `connected`: whether the server accepted the connection.
+    """
+
+    status: int | None
+    text: str
+    seconds: float
+    silent: bool = False
+    error: Exception | None = None
+    connected: bool = True
+
+    @property
+    def well(self) -> bool:
+        return self.status == 200
+
+    @property
+    def refused(self) -> bool:
+        """Whether no program listens at the address."""
+        return isinstance(self.error, ConnectionRefusedError)
+
+    @property
+    def key_wrong(self) -> bool:
+        return self.status in (401, 403)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How many requests run and wait, and the samples that move while the server works, as (name, value)."""
+
+    running: int
+    waiting: int
+    moving: frozenset[tuple[str, str]]
+
+
+def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds: float = 3) -> Answer:
+    """GET url, or POST body to it as JSON; the whole answer may take so many seconds.
+
+    No proxy is used: the cluster is in our own network. No redirect is followed: the key would go along.
+    """
+    start, parts = time.monotonic(), urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=seconds)
+    connected = threading.Event()
+    answers: list[Answer] = []
+
+    def ask() -> None:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        try:
+            connection.connect()
+            connected.set()
+            connection.request("POST" if body else "GET", parts.path, json.dumps(body) if body else None, headers)
+            answer = connection.getresponse()
+            answers.append(Answer(answer.status, _read(answer), time.monotonic() - start))
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: such as a chunk of size -5
+            text, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
+            answers.append(Answer(None, text, time.monotonic() - start, silent, error, connected.is_set()))
+        finally:
+            connection.close()
+
+    # A socket's timeout counts anew with every byte. The thread's does not, so a server that drips is given up in time.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    late = Answer(None, "timed out", time.monotonic() - start, silent=True, connected=connected.is_set())
+    return answers[0] if answers else late
+
+
+def generate_token(url: str, key: str | None, seconds: float = 3) -> Answer:
+    """Generate one token with the model that the server names, in at most so many seconds.
+
+    The answer's text is printable, and the key is not in it: a server may repeat what it was sent.
+    """
+    start = time.monotonic()
+    answer = ask_api(f"{url}/v1/models", key, seconds=seconds)
+    if answer.well:
+        try:
+            body = {"model": json.loads(answer.text)["data"][0]["id"], "prompt": "1", "max_tokens": 1}
+            answer = ask_api(f"{url}/v1/completions", key, body, max(0.1, start + seconds - time.monotonic()))
+            _ = answer.well and json.loads(answer.text)["choices"][0]  # an answer without a choice has no token
+        except (ValueError, LookupError, TypeError):
+            answer = replace(answer, status=502, text=f"No model or no token in the answer: {answer.text}")
+    return replace(answer, text=_harmless(answer.text, key), seconds=time.monotonic() - start)
+
+
+def read_metrics(url: str, seconds: float = 2) -> Metrics | None:
+    """Read the server's metrics, which need no key; None if the server did not tell them, or not as numbers."""
+    answer = ask_api(f"{url}/metrics", seconds=seconds)
+    if not answer.well:
+        return None
+    samples = _SAMPLE.findall(answer.text)
+    try:
+        running, waiting = (
+            int(sum(float(value) for name, value in samples if name == wanted))
+            for wanted in ("num_requests_running", "num_requests_waiting")
+        )
+    except (ValueError, OverflowError):  # NaN, or infinity
+        return None
+    return Metrics(running, waiting, frozenset(sample for sample in samples if sample[0] in _MOVING))
+
+
+def _read(answer: http.client.HTTPResponse) -> str:
+    """Return the text; raises IncompleteRead if it broke off or is too long. Of an error the beginning is enough."""
+    text = answer.read(_MOST if answer.status == 200 else _MOST_OF_ERROR)
+    if answer.status == 200 and answer.length:
+        raise http.client.IncompleteRead(text, answer.length)
+    return text.decode(errors="replace")
+
+
+def _harmless(text: str, key: str | None) -> str:
+    """Return the printable characters of text; an error page may wrap or escape the key."""
+    text = "".join(filter(str.isprintable, text))
+    for form in {key, json.dumps(key)[1:-1], html.escape(key), quote(key, safe="")} if key else ():
+        text = text.replace(form, "(the key)")
+    return text

@@ -9,9 +9,9 @@ import pytest
 from invoke.parser import Parser
 
 import tasks
+from cluster.health import State
 from cluster.models import known_models
 from settings.names import CORE
-from vitals.states import State
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

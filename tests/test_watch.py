@@ -22,7 +22,8 @@ from invoke import Exit
 from command import run
 from command.command import Command
 from settings import resolve
-from vitals import api, watch
+from cluster import api
+from vitals import watch
 from vitals import hook as vitals_hook
 from vitals.api import Answer
 from vitals.hook import DAY, Hook, configured
@@ -313,7 +314,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         """A completion."""
         if self.plays is None:
             return self.server.ended.wait(5)
-        self.answer(self.plays, b"{}")
+        self.answer(self.plays, b'{"choices": [{"text": "1"}]}')
 
     def answer(self, status, body):
         """One whole answer."""
@@ -385,7 +386,7 @@ def test_why_no_connection_came_about(error, kind, monkeypatch):
 def test_a_strangers_text_stays_on_its_line(monkeypatch):
     """An answer's text becomes printable and short before it is said or handed to the hook."""
     answer = Answer(500, "a\n\0\x1b[31mb\udcff" * 100, 0.1)
-    monkeypatch.setattr(api, "generate", lambda *_: answer)
+    monkeypatch.setattr(watch.api, "generate", lambda *_: answer)
     reason = watch.look("http://head:8000", None).reason
     assert reason.isprintable() and len(reason) <= 160
 

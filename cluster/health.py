@@ -1,0 +1,345 @@
+"""The state of the cluster, asked on the head: a token through the real API, every rank, memory, links and the GPU.
+
+`look` asks, and `judge` decides. `judge` is pure, so a test can show it every situation.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke import Exit
+
+from cluster.agreement import ask_nodes
+from cluster.api import Answer, Metrics, generate_token, read_metrics
+from cluster.command import Command, render, run, say, tell
+from cluster.engine import node_container
+from cluster.guards import is_head
+from cluster.node import CONTAINER, log_folder
+from cluster.recorder import LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
+from cluster.settings import Settings
+from vitals.served import Served
+from vitals.served import ask as ask_server
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+GIB = 2**30
+TOKEN_S = 3
+GPU_S = 20
+# A node's recorder answers within three seconds, and after a death of its own within ten.
+DEAF_S = 30
+BRING_UP_AGAIN = "inv down; then: inv up --model NAME"
+LAUNCH_AGAIN = "inv logs; then: inv stop, and launch again"
+START_RECORDER = "inv up --model NAME: it leaves the server alone and starts the recorder again"
+SHOW_LINKS = "ip -brief link, on that node"
+LATER = "inv health, later"
+
+
+# --- What is known of a cluster --------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    """A state's name and its exit status. Programs rely on both, so neither may change."""
+
+    HEALTHY = ("healthy", 0)
+    UNKNOWN = ("unknown", 1)
+    BUSY = ("busy", 10)
+    LOADING = ("loading", 11)
+    NOT_RUNNING = ("not running", 12)
+    HUNG = ("hung", 13)
+    RANK_LOST = ("rank lost", 14)
+    KEY_WRONG = ("API key wrong", 15)
+    MEMORY_LOW = ("memory low", 16)
+    LINKS_DEGRADED = ("links degraded", 17)
+
+    @property
+    def code(self) -> int:
+        return self.value[1]
+
+    def __str__(self) -> str:
+        return self.value[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A state, the reason for it, and the next command to type."""
+
+    state: State
+    why: str
+    next: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Every answer about a cluster. None stands for a server that was not launched, and for what was not answered.
+
+    `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to one token. `moving`: whether the API's counters
+    moved while that answer was awaited. `waited`: for how many seconds no `inv health` has had a token. `gpus`: for
+    host and container, whether nvidia-smi answered, and its words.
+    """
+
+    server: Served | None = None
+    nodes: Sequence[str] | None = None
+    recorded: Recorded | None = None
+    answer: Answer | None = None
+    moving: bool = False
+    waited: float = 0
+    metrics: Metrics | None = None
+    gpus: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
+
+    @property
+    def fresh(self) -> Recorded | None:
+        """The recorder's last look, unless it is too old to tell of now."""
+        return self.recorded if self.recorded and self.recorded.fresh else None
+
+    @property
+    def facts(self) -> dict[str, Mapping]:
+        """The recorder's facts of each node that answered the recorder."""
+        return {at: facts for at, facts in (self.fresh.nodes if self.fresh else {}).items() if facts}
+
+    @property
+    def down(self) -> str:
+        """The links that the containers were told to use and that are down, as words."""
+        return ", ".join(f"{netdev} of {at} is down" for at, facts in self.facts.items() for netdev in facts["down"])
+
+
+# --- Deciding --------------------------------------------------------------------------------------------------------
+
+
+def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
+    """Name the first trouble of a cluster; hang and stall are seconds (HANG_S, STALL_S), warn is GiB (MEM_WARN_GIB)."""
+    server, answer, fresh = seen.server, seen.answer, seen.fresh
+    if server is None:
+        return Verdict(State.NOT_RUNNING, "No server was launched.", "inv launch --model NAME")
+    node_gone = seen.nodes is not None and len(seen.nodes) < server.world_size
+    have = f"Ray has {len(seen.nodes or ())} of {server.world_size} nodes ({', '.join(seen.nodes or ()) or 'none'})."
+    if not server.alive and node_gone:
+        return Verdict(State.RANK_LOST, f"The server has ended: {have}", BRING_UP_AGAIN)
+    if not server.alive:
+        unasked = "; and Ray could not be asked" if seen.nodes is None else ""
+        why = f"The server has ended by itself{unasked}."
+        return Verdict(State.NOT_RUNNING, why, "inv logs; then: inv up --model NAME")
+    if fresh and (lost := _without_rank(seen, server)):
+        why = f"{fresh.ranks} of {server.world_size} ranks live; none on {', '.join(lost)}."
+        return Verdict(State.RANK_LOST, why, BRING_UP_AGAIN)
+    if answer is None:
+        return Verdict(State.UNKNOWN, "The API was not asked.")
+    if answer.key_wrong:
+        why = f"The API answers {answer.status}: VLLM_API_KEY here is not the key that the server was launched with."
+        return Verdict(State.KEY_WRONG, why, "set VLLM_API_KEY in .env, or: inv stop, and launch again")
+    if answer.well:
+        return _serving(seen, answer, warn)
+    if answer.silent:
+        return _silent(seen, answer, hang)
+    if answer.refused:
+        quiet = fresh.quiet(*LOAD) if fresh else 0
+        if fresh is None or quiet < stall:
+            return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
+        why = (
+            f"The server does not listen yet, and for {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
+        )
+        return Verdict(State.HUNG, why, "inv logs; then: inv stop")
+    if answer.status is None:
+        return Verdict(State.UNKNOWN, f"The API cannot be asked: {answer.text}", "inv logs")
+    said = f"The API answers {answer.status}: "
+    if answer.status < 500:
+        return Verdict(State.UNKNOWN, said + answer.text[:200], "inv logs")
+    # The API lives, and the engine behind it has died.
+    if node_gone:
+        return Verdict(State.RANK_LOST, said + have, BRING_UP_AGAIN)
+    return Verdict(State.NOT_RUNNING, said + answer.text[:200], LAUNCH_AGAIN)
+
+
+def _without_rank(seen: Seen, server: Served) -> list[str]:
+    """Return the nodes that have lost their rank.
+
+    A token that was just generated proves that every rank lives. While a model loads there are no ranks yet. A node
+    that missed one look of the recorder may be busy, so it counts as lost only if Ray has lost it too.
+    """
+    if not seen.fresh or seen.fresh.ranks >= server.world_size or (seen.answer and seen.answer.well):
+        return []
+    loads = seen.answer is not None and seen.answer.refused
+    rankless = [at for at, facts in seen.facts.items() if not facts["ranks"] and not loads]
+    unheard = [at for at in seen.fresh.nodes if at not in seen.facts]
+    return rankless + [at for at in unheard if seen.nodes is not None and at not in seen.nodes]
+
+
+def _serving(seen: Seen, answer: Answer, warn: float) -> Verdict:
+    free = {at: facts["available"] / GIB for at, facts in seen.facts.items()}
+    if low := [f"{at} {gib:.1f} GiB" for at, gib in free.items() if gib < warn]:
+        why = f"The server answers, but less than MEM_WARN_GIB ({warn:g}) is available: {', '.join(low)}."
+        return Verdict(State.MEMORY_LOW, why, "inv memory; a lower GPU_MEM_UTIL leaves the host more")
+    if seen.down:
+        return Verdict(State.LINKS_DEGRADED, f"The server answers, but {seen.down}.", SHOW_LINKS)
+    if not seen.fresh:
+        return Verdict(State.UNKNOWN, f"The server answers, but {_recorder_is_quiet(seen)}", START_RECORDER)
+    if deaf := [f"{at} ({seconds:.0f} s)" for at, seconds in seen.fresh.silent.items() if seconds >= DEAF_S]:
+        why = (
+            f"The server answers, but the recorder does not reach {', '.join(deaf)}: its memory and links are unknown."
+        )
+        return Verdict(State.UNKNOWN, why, "inv logs, for the lines of the memory guard; inv status")
+    if broken := [f"{place}: {words}" for place, (well, words) in seen.gpus.items() if not well]:
+        return Verdict(State.UNKNOWN, f"The server answers, but {'; '.join(broken)}", "nvidia-smi")
+    return Verdict(State.HEALTHY, f"One token in {answer.seconds:.2f} s.")
+
+
+def _silent(seen: Seen, answer: Answer, hang: float) -> Verdict:
+    """Tell busy from hung: a long prompt may be before ours, and nobody should power-cycle a host for that."""
+    queue = f" ({seen.metrics.running} requests run, {seen.metrics.waiting} wait)" if seen.metrics else ""
+    late = f"No token within {answer.seconds:.0f} s{queue}" + (f", and {seen.down}" if seen.down else "")
+    still = _still(seen)
+    if still is not None and still >= hang and not seen.moving:
+        why = f"{late}; requests have waited {still:.0f} s (HANG_S: {hang:g}), and no counter, rank or GPU has moved."
+        return Verdict(State.HUNG, why, LAUNCH_AGAIN)
+    if seen.down:
+        return Verdict(State.LINKS_DEGRADED, f"{late}.", SHOW_LINKS)
+    if seen.moving:
+        return Verdict(State.BUSY, f"{late}, but the server's counters move.", LATER)
+    if still is None:
+        why = f"{late}; whether the server works is unknown: {_recorder_is_quiet(seen)}"
+        return Verdict(State.UNKNOWN, why, START_RECORDER)
+    why = f"{late}; {still:.0f} s ago a counter, rank or GPU moved, or no request waited (HANG_S: {hang:g})."
+    return Verdict(State.BUSY, why, LATER)
+
+
+def _still(seen: Seen) -> float | None:
+    """For how many seconds requests have waited while nothing moved; None if the recorder does not tell.
+
+    An idle server has nothing to move, so the seconds count only while a request waits.
+    """
+    if not seen.fresh:
+        return None
+    return min(seen.fresh.quiet(*WORK), max(seen.waited, seen.fresh.quiet("waiting")))
+
+
+def _recorder_is_quiet(seen: Seen) -> str:
+    wrote = f"wrote {seen.recorded.age:.0f} s ago" if seen.recorded else "has written nothing"
+    return f"the recorder beside the server {wrote}."
+
+
+# --- Asking ----------------------------------------------------------------------------------------------------------
+
+
+def report_health(settings: Settings, as_json: bool) -> State:
+    """Print every part of the cluster, the state, and the next command. Returns the state."""
+    verdict, seen = look(settings)
+    parts = _parts(seen)
+    for name, (well, words) in parts.items():
+        say(f"{'ok  ' if well else 'FAIL'}  {name}: {words}")
+    say(f"{verdict.state}: {verdict.why}" + (f" Next: {verdict.next}" if verdict.next else ""))
+    if as_json:
+        told = {name: {"well": well, "says": words} for name, (well, words) in parts.items()}
+        state = {"state": str(verdict.state), "code": verdict.state.code, "why": verdict.why, "next": verdict.next}
+        tell(json.dumps(state | {"parts": told}, indent=1))
+    return verdict.state
+
+
+def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdict, Seen]:
+    """Ask every part of the cluster and judge the answers. nodes: the addresses of Ray's nodes, if they are known.
+
+    Raises Exit on a worker, which does not know the whole cluster, and where Docker does not answer.
+    """
+    head = node_container()
+    runs = head is not None and head.status == "running"
+    if runs:
+        is_head(head)
+    with ThreadPoolExecutor() as pool:
+        asked = {"GPU on the host": pool.submit(_ask_gpu, None)}
+        if runs:
+            asked["GPU in the container"] = pool.submit(_ask_gpu, CONTAINER)
+        seen = _ask_head(settings, head, nodes) if runs else Seen()
+        seen = replace(seen, gpus={place: answer.result() for place, answer in asked.items()})
+    if not runs:
+        why = f"No {CONTAINER} runs on this node."
+        return Verdict(State.NOT_RUNNING, why, "inv up --model NAME, or: inv head"), seen
+    hang, stall, warn = (float(settings[name]) for name in ("HANG_S", "STALL_S", "MEM_WARN_GIB"))
+    return judge(seen, hang=hang, stall=stall, warn=warn), seen
+
+
+def gpu_command(container: str | None = None) -> Command:
+    """The command that names the GPU of this host, or of a container on it."""
+    return Command(render("nvidia_smi.j2", container=container), "this node")
+
+
+def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) -> Seen:
+    """Ask the server and its recorder; ask Ray only if these two leave a doubt, because that takes seconds."""
+    server = ask_server(head)
+    seen = Seen(server, nodes)
+    if server and server.alive:
+        seen = _ask_for_token(settings, seen, server.url)
+    # The recorder's file is read after the wait for the token: the ranks' work meanwhile counts.
+    seen = replace(seen, recorded=read_recorded(settings) if server else None)
+    every_node_answered = seen.fresh is not None and len(seen.facts) == len(seen.fresh.nodes)
+    engine_died = seen.answer is not None and (seen.answer.status or 0) >= 500
+    if nodes is not None:
+        return seen
+    if server and server.alive and every_node_answered and not engine_died:
+        return replace(seen, nodes=list(seen.facts))
+    try:
+        return replace(seen, nodes=[node.address for node in ask_nodes(head)])
+    except Exit:
+        return seen
+
+
+def _ask_for_token(settings: Settings, seen: Seen, url: str) -> Seen:
+    """Ask the API for one token; if none comes in time, see whether the counters moved meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        before = pool.submit(read_metrics, url)
+        answer = generate_token(url, settings.get("VLLM_API_KEY"), TOKEN_S)
+    waited = waited_in_vain(log_folder(settings) / "unanswered.json", answer.silent, float(settings["HANG_S"]))
+    seen = replace(seen, answer=answer, waited=waited)
+    if not answer.silent:
+        return seen
+    first, last = before.result(), read_metrics(url)
+    moving = first is not None and last is not None and first.moving != last.moving
+    return replace(seen, moving=moving, metrics=last or first)
+
+
+def waited_in_vain(file: Path, silent: bool, hang: float) -> float:
+    """Remember in file whether a token came; return for how many seconds none has come.
+
+    vLLM's counters do not show a request that hangs the engine, so health keeps its own count. Two looks more than half
+    of `hang` seconds apart say nothing of the time between them: the count begins anew.
+    """
+    now = time.time()
+    try:
+        since, last = map(float, kept_json(file))
+    except (TypeError, ValueError):
+        since = last = 0.0
+    if not silent or not since <= last <= now <= last + hang / 2:
+        since = now
+    try:
+        keep_json(file, [since, now if silent else 0])
+    except OSError:
+        return 0  # a count that cannot be kept must not call a server hung
+    return now - since
+
+
+def _parts(seen: Seen) -> dict[str, tuple[bool, str]]:
+    """Return whether each part of the cluster is well, and its words."""
+    facts = seen.facts if seen.server and seen.server.alive else {}
+    nodes = [f"{at} (ranks: {facts[at]['ranks']})" if at in facts else at for at in seen.nodes or ()]
+    told = f"{len(nodes)} nodes: {', '.join(nodes)}" if nodes else "does not answer, or does not run here"
+    parts = {"Ray": (bool(nodes), told)}
+    if answer := seen.answer:
+        said = f"one token in {answer.seconds:.2f} s" if answer.well else answer.text[:100]
+        parts["API"] = (answer.well, f"{answer.status or 'no answer'}: {said}")
+    if facts:
+        free = [f"{at} {one['available'] / GIB:.1f} GiB" for at, one in facts.items()]
+        parts["Memory available"] = (True, ", ".join(free))
+    return {**parts, **seen.gpus}
+
+
+def _ask_gpu(container: str | None) -> tuple[bool, str]:
+    try:
+        name = run(gpu_command(container), capture=True, seconds=GPU_S)
+        return bool(name), name or "nvidia-smi names no GPU"
+    except Exit as error:
+        return False, str(error.message)

@@ -1,0 +1,437 @@
+"""The state of a cluster: each of ten, by the answers of the server, the API, the recorder and Ray."""
+
+import json
+import shutil
+from dataclasses import replace
+from http.client import BadStatusLine, RemoteDisconnected
+from types import SimpleNamespace
+
+import pytest
+from invoke import Exit
+
+from cluster import health
+from cluster.api import Answer, Metrics
+from cluster.health import BRING_UP_AGAIN, DEAF_S, GIB, START_RECORDER, Seen, State, judge, waited_in_vain
+from cluster.recorder import FRESH_S, LOAD, WORK, Recorded
+from vitals.served import Served
+
+NOW = 1_700_000_000.0
+HANG, STALL, WARN = 300, 600, 6
+HEAD, WORKER = "10.0.0.1", "10.0.0.2"
+WORDS = ("vllm", "serve", "tiny", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2")
+WELL = Answer(200, "{}", 0.21)
+SILENT = Answer(None, "timed out", 3.0, silent=True, error=TimeoutError("timed out"))
+REFUSED = Answer(None, "refused", 0.0, error=ConnectionRefusedError(111, "Connection refused"))
+DEAD = Answer(500, "EngineCore encountered an issue", 0.1)
+
+
+def facts(**other):
+    """The recorder's facts of a node that is well."""
+    return {"available": 20 * GIB, "ranks": 1, "cpu": 7.0, "gpu": 0, "down": []} | other
+
+
+def saw(quiet=0.0, age=1.0, worker=None, unseen=False, **still):
+    """The recorder's last look at two nodes: for `quiet` seconds nothing moved and a request waited.
+
+    still: other seconds for single things. unseen: the worker did not answer in time.
+    """
+    still = dict.fromkeys((*WORK, *LOAD, "waiting"), quiet) | still
+    return Recorded(age, {HEAD: facts(), WORKER: None if unseen else worker or facts()}, still)
+
+
+def seen(answer=WELL, record=None, alive=True, nodes=(HEAD, WORKER), **other):
+    """The answers about a head with a server of two ranks."""
+    return Seen(Served(alive, NOW - 900, WORDS), nodes, record or saw(), answer, **other)
+
+
+STALE = saw(quiet=5000, age=FRESH_S + 1)
+# The recorder's facts of the worker, and the nodes that Ray has: each pair means that a rank is gone.
+LOST = {
+    "without a look": (None, [HEAD]),
+    "without a rank": (facts(ranks=0), [HEAD, WORKER]),
+    "without a rank, Ray not asked": (facts(ranks=0), None),
+}
+CUT = facts(down=["enp1s0f0np0", "enp1s0f1np1"])
+TABLE = {
+    "nothing launched": (Seen(), State.NOT_RUNNING, "No server was launched."),
+    "ended, every node there": (seen(None, alive=False), State.NOT_RUNNING, "ended by itself"),
+    "ended, a node gone": (seen(None, alive=False, nodes=[HEAD]), State.RANK_LOST, "Ray has 1 of 2 nodes (10.0.0.1)"),
+    "ended, Ray not asked": (
+        seen(None, alive=False, nodes=None),
+        State.NOT_RUNNING,
+        "ended by itself; and Ray could not be asked.",
+    ),
+    "API not asked": (seen(None), State.UNKNOWN, "not asked"),
+    "healthy": (seen(), State.HEALTHY, "One token in 0.21 s."),
+    "healthy, idle for a day": (seen(record=saw(quiet=86400)), State.HEALTHY, "One token"),
+    "rank gone": (seen(SILENT, saw(worker=facts(ranks=0))), State.RANK_LOST, "1 of 2 ranks live; none on 10.0.0.2."),
+    "401": (seen(Answer(401, "Unauthorized", 0.1)), State.KEY_WRONG, "answers 401"),
+    "403": (seen(Answer(403, "Forbidden", 0.1)), State.KEY_WRONG, "answers 403"),
+    "low": (
+        seen(record=saw(worker=facts(available=5.9 * GIB))),
+        State.MEMORY_LOW,
+        "(6) is available: 10.0.0.2 5.9 GiB",
+    ),
+    "just not low": (seen(record=saw(worker=facts(available=6 * GIB))), State.HEALTHY, ""),
+    "a link down": (
+        seen(record=saw(worker=CUT)),
+        State.LINKS_DEGRADED,
+        "The server answers, but enp1s0f0np0 of 10.0.0.2 is down, enp1s0f1np1 of 10.0.0.2 is down.",
+    ),
+    "answers, recorder stale": (seen(record=STALE), State.UNKNOWN, "wrote 11 s ago"),
+    "GPU broken": (
+        seen(gpus={"GPU on the host": (False, "none"), "GPU in the container": (True, "GB10")}),
+        State.UNKNOWN,
+        "The server answers, but GPU on the host: none",
+    ),
+    "5xx, every node there": (seen(DEAD), State.NOT_RUNNING, "The API answers 500: EngineCore encountered"),
+    "5xx, Ray not asked": (seen(DEAD, STALE, nodes=None), State.NOT_RUNNING, "The API answers 500: EngineCore"),
+    "5xx, a node gone": (seen(DEAD, STALE, nodes=[HEAD]), State.RANK_LOST, "answers 500: Ray has 1 of 2 nodes"),
+    "counters moving": (seen(SILENT, saw(quiet=9999), moving=True), State.BUSY, "the server's counters move"),
+    "counters moving, stale": (seen(SILENT, STALE, moving=True), State.BUSY, "the server's counters move"),
+    "silent, a queue": (
+        seen(SILENT, saw(quiet=9999), moving=True, metrics=Metrics(2, 5, frozenset())),
+        State.BUSY,
+        "No token within 3 s (2 requests run, 5 wait), but",
+    ),
+    "silent, just moved": (seen(SILENT, saw(quiet=HANG - 1)), State.BUSY, "299 s ago"),
+    "silent, quiet": (seen(SILENT, saw(quiet=HANG)), State.HUNG, "have waited 300 s (HANG_S: 300)"),
+    "silent, idle until now": (
+        seen(SILENT, saw(quiet=86400, waiting=0)),
+        State.BUSY,
+        "; 0 s ago a counter, rank or GPU moved, or no request waited",
+    ),
+    "silent, asked for a while": (seen(SILENT, saw(quiet=86400, waiting=HANG - 1)), State.BUSY, "299 s ago"),
+    "silent, asked for long": (
+        seen(SILENT, saw(quiet=86400, waiting=HANG)),
+        State.HUNG,
+        "have waited 300 s (HANG_S: 300)",
+    ),
+    "silent, health waits": (seen(SILENT, saw(quiet=86400, waiting=0), waited=HANG - 1), State.BUSY, "299 s ago"),
+    "silent, health waited": (seen(SILENT, saw(quiet=86400, waiting=0), waited=HANG), State.HUNG, "have waited 300 s"),
+    "silent, all wait": (
+        seen(SILENT, saw(quiet=86400, waiting=HANG), waited=HANG + 50),
+        State.HUNG,
+        "have waited 350 s",
+    ),
+    "silent, waited, moved": (seen(SILENT, saw(quiet=10, waiting=9999), waited=9999), State.BUSY, "; 10 s ago"),
+    "silent, waited, moving": (seen(SILENT, saw(quiet=9999), waited=9999, moving=True), State.BUSY, "counters move"),
+    "silent, waited, stale": (seen(SILENT, STALE, waited=9999), State.UNKNOWN, "whether the server works is unknown"),
+    "healthy, others waited": (seen(WELL, saw(quiet=9999), waited=9999), State.HEALTHY, "One token"),
+    "silent, a link down": (
+        seen(SILENT, saw(quiet=HANG - 1, worker=CUT)),
+        State.LINKS_DEGRADED,
+        "No token within 3 s, and enp1s0f0np0 of 10.0.0.2 is down, enp1s0f1np1",
+    ),
+    "silent, a link down, moving": (seen(SILENT, saw(quiet=9999, worker=CUT), moving=True), State.LINKS_DEGRADED, ""),
+    "silent, a link down, quiet": (
+        seen(SILENT, saw(quiet=HANG, worker=CUT)),
+        State.HUNG,
+        "enp1s0f1np1 of 10.0.0.2 is down; requests have waited 300 s (HANG_S: 300), and no counter",
+    ),
+    "silent, no look, Ray has it": (seen(SILENT, saw(unseen=True)), State.BUSY, "0 s ago"),
+    "silent, no look, Ray not asked": (seen(SILENT, saw(unseen=True), nodes=None), State.BUSY, "0 s ago"),
+    "silent, no look, quiet": (seen(SILENT, saw(quiet=HANG, unseen=True), nodes=None), State.HUNG, "have waited 300 s"),
+    "silent, stale": (seen(SILENT, STALE), State.UNKNOWN, "whether the server works is unknown"),
+    "refused": (seen(REFUSED, saw(quiet=STALL - 1)), State.LOADING, "does not listen yet"),
+    "refused, no rank yet": (seen(REFUSED, saw(worker=facts(ranks=0)), nodes=[]), State.LOADING, ""),
+    "refused, quiet": (seen(REFUSED, saw(quiet=STALL)), State.HUNG, "for 600 s (STALL_S: 600)"),
+    "refused, stale": (seen(REFUSED, STALE), State.LOADING, ""),
+}
+
+
+def verdict(found):
+    """The verdict with the limits of these tests."""
+    return judge(found, hang=HANG, stall=STALL, warn=WARN)
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+def test_each_state_by_what_was_seen(row):
+    """A verdict is a state, a sentence with the reason, and, unless the state is healthy, the next command."""
+    found, state, why = row
+    said = verdict(found)
+    assert said.state is state and why in said.why
+    assert bool(said.next) == (state is not State.HEALTHY and found != seen(None))
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("answer", [SILENT, DEAD, Answer(401, "", 0.1)], ids=["silent", "500", "401"])
+def test_a_rank_that_is_gone_is_the_first_trouble(lost, answer):
+    """Whatever the API answers, both nodes have to come up again, and the node without a rank is named."""
+    worker, nodes = lost
+    record = Recorded(1, {HEAD: facts(available=0), WORKER: worker}, saw(quiet=9999).still)
+    said = verdict(seen(answer, record, nodes=nodes, moving=True))
+    assert (said.state, said.next) == (State.RANK_LOST, BRING_UP_AGAIN) and "none on 10.0.0.2" in said.why
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+def test_a_token_beats_a_look_that_failed(lost):
+    """A token came through every rank, whatever the recorder saw a second before."""
+    worker, nodes = lost
+    record = Recorded(1, {HEAD: facts(), WORKER: worker}, saw().still)
+    assert verdict(seen(WELL, record, nodes=nodes)).state is State.HEALTHY
+
+
+@pytest.mark.parametrize(
+    ("worker", "nodes", "state"),
+    [
+        (None, [HEAD], State.RANK_LOST),
+        (None, [HEAD, WORKER], State.LOADING),
+        (facts(ranks=0), [HEAD, WORKER], State.LOADING),
+    ],
+    ids=["Ray has lost it", "did not answer once", "no rank yet"],
+)
+def test_a_load_ends_with_a_node_and_not_without_a_rank(worker, nodes, state):
+    """A load has no ranks at first; a load without a node never ends."""
+    record = Recorded(1, {HEAD: facts(ranks=0), WORKER: worker}, saw().still)
+    assert verdict(seen(REFUSED, record, nodes=nodes)).state is state
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(DEAF_S - 1, State.HEALTHY), (DEAF_S, State.UNKNOWN)])
+def test_a_node_that_the_recorder_does_not_reach_is_not_called_healthy(seconds, state):
+    """A token proves its rank and nothing about its memory and links; a short silence is no trouble."""
+    record = Recorded(1, {HEAD: facts(), WORKER: None}, saw().still, {WORKER: seconds})
+    said = verdict(seen(WELL, record))
+    assert said.state is state and (state is State.HEALTHY or "does not reach 10.0.0.2 (30 s)" in said.why)
+
+
+@pytest.mark.parametrize("nodes", [[HEAD, WORKER], None], ids=["Ray has it", "Ray not asked"])
+@pytest.mark.parametrize("answer", [SILENT, DEAD, Answer(401, "", 0.1)], ids=["silent", "500", "401"])
+def test_one_look_that_was_missed_is_no_lost_rank(nodes, answer):
+    """A busy node may answer late. The operator is told to take both nodes down only if Ray has lost one too."""
+    assert verdict(seen(answer, saw(unseen=True), nodes=nodes)).state is not State.RANK_LOST
+
+
+def test_a_look_of_long_ago_names_no_lost_rank():
+    """Only a fresh look of the recorder counts ranks."""
+    old = Recorded(FRESH_S + 1, {HEAD: facts(), WORKER: None}, saw().still)
+    assert verdict(seen(SILENT, old, nodes=[HEAD])).state is State.UNKNOWN
+    assert verdict(seen(SILENT, replace(old, age=FRESH_S), nodes=[HEAD])).state is State.RANK_LOST
+
+
+@pytest.mark.parametrize("answer", [WELL, SILENT], ids=["well", "silent"])
+def test_without_the_recorder_up_is_what_to_type(answer):
+    """`inv up` starts the recorder again and leaves the server alone."""
+    assert verdict(seen(answer, STALE)).next == START_RECORDER and START_RECORDER.startswith("inv up ")
+
+
+@pytest.mark.parametrize("answer", [WELL, SILENT, REFUSED], ids=["well", "silent", "refused"])
+def test_without_the_recorder_nothing_is_hung(answer):
+    """Whether anything moves is unknown, so the operator is not told to stop the server."""
+    for record in (STALE, None):
+        found = Seen(Served(True, NOW - 9000, WORDS), (HEAD, WORKER), record, answer)
+        assert verdict(found).state in (State.UNKNOWN, State.LOADING)
+
+
+@pytest.mark.parametrize("thing", WORK)
+def test_one_thing_that_moves_is_no_hang(thing):
+    """A counter, a rank's processor or a GPU: each alone shows that the server works on a long prompt."""
+    assert verdict(seen(SILENT, saw(quiet=9999, **{thing: 1}))).state is State.BUSY
+
+
+@pytest.mark.parametrize("thing", ["cpu 10.0.0.1", "cpu 10.0.0.2", "cpu"])
+def test_one_node_that_works_is_no_hang(thing):
+    """One rank may work on a prompt while the others wait for that rank."""
+    still = {"cpu 10.0.0.1": 9999, "cpu 10.0.0.2": 9999}
+    record = replace(saw(), still={"counters": 9999, "gpu": 9999, "waiting": 9999} | still)
+    assert verdict(seen(SILENT, record)).state is State.HUNG
+    assert verdict(seen(SILENT, replace(record, still=record.still | {thing: 1}))).state is State.BUSY
+
+
+def test_what_nobody_looked_at_is_no_hang():
+    """A recorder that has just started has seen neither work, nor a load, nor a request that waits."""
+    new = replace(saw(), still={})
+    assert verdict(seen(SILENT, new, waited=9999)).state is State.BUSY
+    assert verdict(seen(SILENT, replace(new, still=dict.fromkeys(WORK, 9999)))).state is State.BUSY
+    assert verdict(seen(REFUSED, new)).state is State.LOADING
+
+
+@pytest.mark.parametrize("thing", ["log", "memory", "server_cpu"])
+def test_what_an_idle_server_does_is_no_work(thing):
+    """A log line or the server's own loop does not make a hung engine busy."""
+    assert verdict(seen(SILENT, saw(quiet=9999, **{thing: 1}))).state is State.HUNG
+
+
+@pytest.mark.parametrize("thing", LOAD)
+def test_one_thing_that_moves_is_a_load(thing):
+    """The log, memory, the server's or a rank's processor, a GPU: each alone shows that a load goes on."""
+    assert verdict(seen(REFUSED, saw(quiet=9999, **{thing: 1}))).state is State.LOADING
+
+
+def test_the_first_trouble_is_the_verdict():
+    """With everything wrong at once, the trouble to mend first is named first, and so on until all is well."""
+    low, cut = facts(available=GIB, down=["enp1s0f0np0"]), facts(down=["enp1s0f0np0"])
+    key, bad = Answer(401, "", 0.1), {"gpus": {"GPU on the host": (False, "none")}}
+    steps = [
+        (Seen(None, [HEAD], saw(worker=facts(ranks=0)), key, **bad), State.NOT_RUNNING),
+        (seen(key, saw(worker=facts(ranks=0)), False, [HEAD], **bad), State.RANK_LOST),
+        (seen(key, saw(worker=facts(ranks=0)), False, **bad), State.NOT_RUNNING),
+        (seen(key, saw(worker=facts(ranks=0)), **bad), State.RANK_LOST),
+        (seen(key, saw(worker=low), **bad), State.KEY_WRONG),
+        (seen(WELL, saw(worker=low), **bad), State.MEMORY_LOW),
+        (seen(WELL, saw(worker=cut), **bad), State.LINKS_DEGRADED),
+        (seen(WELL, STALE, **bad), State.UNKNOWN),
+        (seen(WELL, **bad), State.UNKNOWN),
+        (seen(WELL), State.HEALTHY),
+    ]
+    assert [verdict(found).state for found, _ in steps] == [state for _, state in steps]
+
+
+def test_what_is_no_refused_connection_is_no_load():
+    """A request that could not be sent, or an answer that is no HTTP, is unknown, however long nothing moves."""
+    no_letters = UnicodeEncodeError("latin-1", "ключ", 0, 4, "ordinal not in range(256)")
+    for error in (no_letters, RemoteDisconnected("closed"), BadStatusLine("TLS"), OSError(113, "No route")):
+        answer = Answer(None, str(error), 0.0, error=error)
+        assert {verdict(seen(answer, saw(quiet=quiet))).state for quiet in (0, STALL)} == {State.UNKNOWN}, error
+
+
+def test_a_refusal_is_no_dead_engine():
+    """An answer below 500 comes from a server that runs, so the operator is not told to stop it."""
+    refused = [Answer(status, "refused", 0.1) for status in (302, 400, 404, 429, 499)]
+    assert {verdict(seen(answer)).state for answer in refused} == {State.UNKNOWN}
+    assert verdict(seen(refused[0])).why == "The API answers 302: refused"
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Looks at a live server once for each answer; `before` and `after` it the recorder tells these."""
+    now, looks = [NOW], []
+    monkeypatch.setattr(health, "ask_server", lambda _: Served(True, NOW - 9000, WORDS))
+    monkeypatch.setattr(health, "read_recorded", lambda _: looks[-1])
+    monkeypatch.setattr(health, "read_metrics", lambda _: None)
+    monkeypatch.setattr(health, "log_folder", lambda _: tmp_path)
+    monkeypatch.setattr(health, "time", SimpleNamespace(time=lambda: now[-1]))
+    idle = saw(quiet=86400, waiting=0)
+
+    def ask(*answers, every=HANG / 2, before=idle, after=idle):
+        states, left = [], list(answers)
+        monkeypatch.setattr(health, "generate_token", lambda *_: (looks.append(after), left.pop(0))[1])
+        while left:
+            looks.append(before)
+            states.append(verdict(health._ask_head({"HANG_S": str(HANG)}, None, None)).state)
+            now.append(now[-1] + every)
+        return states
+
+    return ask
+
+
+def test_what_moves_while_the_token_is_waited_for_counts(asked):
+    """After an idle hour a first token may take longer than health waits: ranks that work meanwhile are no hang."""
+    assert asked(*[SILENT] * 9, before=saw(quiet=3600), after=saw(quiet=1))[-1] is State.BUSY
+
+
+def test_an_idle_server_whose_first_token_is_slow_is_busy(asked):
+    """A server that was idle for a day is hung once health itself has waited HANG_S, and not before."""
+    assert asked(SILENT, SILENT, SILENT) == [State.BUSY, State.BUSY, State.HUNG]
+    assert asked(WELL, SILENT, SILENT) == [State.HEALTHY, State.BUSY, State.BUSY]
+
+
+def test_looks_far_apart_make_no_hang(asked):
+    """Between two looks an hour apart, other clients may have had their tokens."""
+    assert asked(*[SILENT] * 9, every=HANG / 2 + 1) == [State.BUSY] * 9
+
+
+def test_a_refused_connection_is_no_wait(asked):
+    """A server that was launched anew loads: earlier waiting does not count."""
+    assert asked(SILENT, SILENT, REFUSED, SILENT, SILENT)[-1] is State.BUSY
+
+
+def there(*addresses):
+    """The nodes with these addresses, as Ray tells them."""
+    return [SimpleNamespace(address=at) for at in addresses]
+
+
+@pytest.fixture
+def looked(asked, monkeypatch):
+    """Health's answers when recorder and Ray tell these, and how often Ray was asked."""
+
+    def look(record, *addresses, error=None, answer=SILENT, told=()):
+        calls, pages = [], list(told)
+
+        def ask(_):
+            calls.append(1)
+            if error:
+                raise error
+            return there(*addresses)
+
+        monkeypatch.setattr(health, "read_metrics", lambda _: pages.pop(0) if pages else None)
+        monkeypatch.setattr(health, "generate_token", lambda *_: answer)
+        monkeypatch.setattr(health, "read_recorded", lambda _: record)
+        monkeypatch.setattr(health, "ask_nodes", ask)
+        return health._ask_head({"HANG_S": str(HANG)}, None, None), len(calls)
+
+    return look
+
+
+def test_ray_is_asked_only_where_the_recorder_does_not_tell(looked):
+    """Ray takes seconds to answer: if the recorder saw every node just now, those are the nodes."""
+    assert [looked(saw())[1], looked(STALE)[1], looked(None)[1], looked(saw(unseen=True))[1]] == [0, 1, 1, 1]
+    assert looked(saw())[0].nodes == [HEAD, WORKER] and looked(saw(), answer=DEAD)[1] == 1
+
+
+def test_one_look_that_was_missed_is_asked_of_ray(looked):
+    """Ray tells a lost node from a busy one; if Ray does not answer, no node is called lost."""
+    assert verdict(looked(saw(unseen=True), HEAD, WORKER)[0]).state is State.BUSY
+    assert verdict(looked(saw(unseen=True), HEAD)[0]).state is State.RANK_LOST
+    lost, _ = looked(saw(unseen=True), error=Exit("Ray does not answer"))
+    assert lost.nodes is None and verdict(lost).state is State.BUSY
+
+
+def test_the_queue_before_a_token_is_told(looked):
+    """The numbers are those of the last page of metrics that came during the wait."""
+    pages = [Metrics(1, 4, frozenset()), Metrics(1, 3, frozenset())]
+    assert "(1 requests run, 3 wait)" in verdict(looked(saw(), told=pages)[0]).why
+    assert "(1 requests run, 4 wait)" in verdict(looked(saw(), told=[pages[0], None])[0]).why
+
+
+@pytest.fixture
+def waited(tmp_path, monkeypatch):
+    """Looks some seconds after the look before, without a token or with one; returns for how long none has come."""
+    clock = SimpleNamespace(now=NOW)
+    monkeypatch.setattr(health, "time", SimpleNamespace(time=lambda: clock.now))
+
+    def look(later=0.0, silent=True):
+        clock.now += later
+        return waited_in_vain(tmp_path / "logs/unanswered.json", silent, HANG)
+
+    look.file = tmp_path / "logs/unanswered.json"
+    look.file.parent.mkdir()
+    return look
+
+
+LOOKS = {
+    "a first look": ([(0, True)], [0]),
+    "close together": ([(60, True)] * 5, [0, 60, 120, 180, 240]),
+    "just close enough": ([(HANG / 2, True)] * 3, [0, 150, 300]),
+    "too far apart": ([(0, True), (100, True), (HANG / 2 + 1, True), (100, True)], [0, 100, 0, 100]),
+    "a token between": ([(0, True), (100, True), (1, False), (1, True), (9, True)], [0, 100, 0, 0, 9]),
+    "the clock set back": ([(0, True), (100, True), (-50, True), (100, True)], [0, 100, 0, 100]),
+    "the clock set forward": ([(0, True), (100, True), (86400, True), (100, True)], [0, 100, 0, 100]),
+}
+
+
+@pytest.mark.parametrize(("looks", "seconds"), LOOKS.values(), ids=LOOKS)
+def test_looks_without_a_token_add_up(looks, seconds, waited):
+    """Looks add up if they are close together, no token came between them, and the clock was not set."""
+    assert [waited(later, silent) for later, silent in looks] == seconds
+
+
+@pytest.mark.parametrize("text", ["", "null", "7", '"ab"', "{}", "[1]", "[1, 2, 3]", "[null, 1]", "[NaN, NaN]", "[1, "])
+def test_a_file_of_looks_that_makes_no_sense_begins_anew(text, waited):
+    """Half a file or another file ends in no traceback, and the next look finds a whole one."""
+    waited.file.write_text(text)
+    assert [waited(), waited(100)] == [0, 100]
+
+
+def test_the_next_health_knows_the_looks_before(waited):
+    """Each `inv health` is a process of its own, so the looks are in a file."""
+    waited.file.write_text(json.dumps([NOW - 250, NOW - 100]))
+    assert waited() == 250
+    assert [file.name for file in waited.file.parent.iterdir()] == ["unanswered.json"]
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_looks_that_cannot_be_kept_are_not_held_against_the_server(silent, waited):
+    """Without the folder nobody has waited, and health tells the rest as usual."""
+    shutil.rmtree(waited.file.parent)
+    assert [waited(later, silent) for later in (0, 100, 100)] == [0, 0, 0]

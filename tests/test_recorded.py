@@ -1,0 +1,51 @@
+"""The recorder's file, as the host reads it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from vitals import recorded
+from vitals.recorded import FRESH_S, Recorded
+
+NOW = 1_700_000_000.0
+HEAD, WORKER = "10.0.0.1", "10.0.0.2"
+STILL = {"cpu 10.0.0.1": 9, "cpu 10.0.0.2": 7, "memory 10.0.0.1": 5, "memory 10.0.0.2": 6, "server_cpu": 1}
+VITALS = {"at": NOW - 2, "nodes": {HEAD: {"ranks": 2}, WORKER: None}, "quiet": STILL, "silent": {}}
+
+
+@pytest.fixture
+def vitals(monkeypatch, tmp_path):
+    """The recorder's folder, which is a folder of this test."""
+    monkeypatch.setattr(recorded.node, "logs", lambda _: tmp_path)
+    monkeypatch.setattr(recorded, "time", SimpleNamespace(time=lambda: NOW))
+    return tmp_path
+
+
+def test_what_the_recorder_wrote_is_read(vitals):
+    """The file tells its age, how many ranks live, and for how many seconds each thing has not moved."""
+    (vitals / "vitals.json").write_text(json.dumps(VITALS))
+    found = recorded.read({})
+    assert (found.age, found.fresh, found.ranks) == (2, True, 2)
+    assert (found.quiet("cpu"), found.quiet("memory"), found.quiet("cpu", "memory")) == (7, 5, 5)
+
+
+def test_what_nobody_looked_at_has_not_been_quiet(vitals):
+    """A thing that the recorder did not look at counts as moving; `server` is not `server_cpu`."""
+    (vitals / "vitals.json").write_text(json.dumps(VITALS))
+    found = recorded.read({})
+    assert (found.quiet("gpu"), found.quiet("waiting"), found.quiet("server"), found.quiet()) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("age", "fresh"), [(-1.5, False), (-1, True), (FRESH_S, True), (FRESH_S + 0.1, False)])
+def test_what_was_written_in_the_future_is_not_fresh(age, fresh):
+    """After a clock was set back nobody knows when the file was written."""
+    assert Recorded(age, {}, {}).fresh is fresh
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "null", "[]", '{"at": 1}', '{"at": null, "nodes": {}, "quiet": {}}'])
+def test_what_the_recorder_did_not_write_is_none(text, vitals):
+    """No file, half a file and another file are unknown, without a traceback."""
+    if text is not None:
+        (vitals / "vitals.json").write_text(text)
+    assert recorded.read({}) is None
