@@ -98,7 +98,7 @@ def test_env_example_says_what_each_setting_means():
     assert silent == set()
 
 
-# --- Examples and links ------------------------------------------------------------------------------------------------
+# --- Examples and links ----------------------------------------------------------------------------------------------
 
 
 def _examples() -> list[str]:

@@ -77,7 +77,7 @@ def test_there_is_one_docker_run_of_a_node():
     assert [file.name for file in TEMPLATES if "--device=/dev/infiniband" in file.read_text()] == ["ray_container.j2"]
 
 
-# --- Findings of other programs, which are too slow for the fast tests ------------------------------------------------
+# --- Findings of other programs, which are too slow for the fast tests -----------------------------------------------
 
 
 @pytest.mark.rehearsal

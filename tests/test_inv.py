@@ -240,7 +240,7 @@ def test_an_old_python_is_named(machine: Machine):
     assert "Python 3.9.2 is too old: 3.11 or later" in said.stderr and "uv" in said.stderr
 
 
-# --- A checkout of another user, tested by root -----------------------------------------------------------------------
+# --- A checkout of another user, tested by root ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_under_sudo_the_environment_belongs_to_the_user(shared: Machine):
     assert shared.inv("rehearse", user=65534).returncode == 0
 
 
-# --- The real lock file, and a real first use -------------------------------------------------------------------------
+# --- The real lock file, and a real first use ------------------------------------------------------------------------
 
 
 def test_the_lock_file_holds_what_the_project_asks_for():
