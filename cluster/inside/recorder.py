@@ -1,0 +1,266 @@
+"""Run in the head's container beside the server, until the server ends: recorder.py PID_FILE FOLDER URL GIB.
+
+The recorder looks at every node each second. If a node has less than GIB available (0: never) it ends the server,
+because unified memory that runs out hangs the whole machine. It writes two files to FOLDER: vitals.json has the last
+look and for how long each thing has not moved, memory-low.json each node's lowest memory.
+
+`recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import every
+import psutil  # vLLM requires it
+import ray
+
+GIB = 2**30
+# An idle rank stays below these: a share of one processor, percent of a GPU, bytes of memory.
+BUSY_CPU, BUSY_GPU, MOVED_BYTES = 0.1, 5, 64 * 2**20
+CPU_S, GPU_S, METRICS_S = 4, 5, 15
+MOVING = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:kv_cache_usage", "vllm:gpu_cache_usage")
+REQUESTS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+
+
+# --- What a node does ------------------------------------------------------------------------------------------------
+
+
+def processor_time(wanted):
+    """Count the processes that are wanted; add up the seconds of processor time that they and their descendants took.
+
+    A rank that waits for a compiler is at work.
+    """
+    found = {one.pid: one.info for one in psutil.process_iter(["name", "ppid", "cpu_times"])}
+    family = {pid for pid, info in found.items() if wanted(pid, info["name"])}
+    count = len(family)
+    while more := {pid for pid, info in found.items() if info["ppid"] in family} - family:
+        family |= more
+    # user, system, and both for children that have ended
+    return count, sum(sum(found[pid]["cpu_times"][:4]) for pid in family)
+
+
+class Gauge:
+    """An actor on each node."""
+
+    def __init__(self):
+        names = ",".join(os.environ.get(name, "") for name in ("NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")).split(",")
+        # A RoCE device carries data whether or not its interface has an address.
+        for hca in filter(None, os.environ.get("NCCL_IB_HCA", "").split(",")):
+            names += [os.path.basename(path) for path in glob.glob(f"/sys/class/infiniband/{hca}/device/net/*")]
+        self.interfaces = sorted({name for name in names if name})
+        self.gpu, self.gpu_seen = None, 0.0
+        # In a thread: a driver that hangs must not stop the looks at the memory.
+        threading.Thread(target=self.follow_gpu, daemon=True).start()
+
+    def available(self):
+        return psutil.virtual_memory().available
+
+    def look(self):
+        # vLLM's executors call a rank RayWorkerWrapper (the older) or RayWorkerProc, and Ray makes that its title.
+        ranks, seconds = processor_time(lambda _, name: name.startswith("ray::RayWorker"))
+        links = psutil.net_if_stats()
+        return {
+            "available": self.available(),
+            "ranks": ranks,
+            "cpu": seconds,
+            "gpu": self.gpu if time.monotonic() - self.gpu_seen < 3 * GPU_S else None,
+            "down": [name for name in self.interfaces if name not in links or not links[name].isup],
+        }
+
+    def follow_gpu(self):
+        words = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        while True:
+            try:
+                self.gpu = int(subprocess.run(words, capture_output=True, text=True, timeout=GPU_S).stdout.split()[0])
+            except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+                self.gpu = None  # unknown, which is not idle
+            self.gpu_seen = time.monotonic()
+            time.sleep(GPU_S)
+
+
+def start_gauges():
+    """Start a gauge on every node; return them by address. Ray restarts a gauge that dies, as when memory runs out."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Gauge)
+    gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
+    ask(gauges, "available", 30)  # the gauges' own processes start first
+    return gauges
+
+
+def ask(gauges, method, seconds=3):
+    """Return what each node's gauge answers; None if it does not answer in time."""
+    answers = every.gather({address: getattr(gauge, method).remote() for address, gauge in gauges.items()}, seconds)
+    return {address: None if isinstance(answer, Exception) else answer for address, answer in answers.items()}
+
+
+# --- What does not move ----------------------------------------------------------------------------------------------
+
+
+class Stillness:
+    """For how many seconds each thing was seen not to move. A thing that could not be seen counts as moving."""
+
+    def __init__(self):
+        self.marks, self.moved, self.seen = {}, {}, {}
+
+    def see(self, thing, value, least):
+        """A thing moves when its value is at least so far from where it last moved. None: it could not be seen."""
+        now = time.monotonic()
+        if value is None or thing not in self.marks or abs(value - self.marks[thing]) >= least:
+            self.marks[thing], self.moved[thing] = value or 0, now
+        self.seen[thing] = now
+
+    def see_cpu(self, thing, value):
+        """The same for seconds of processor time: their rate counts, over CPU_S or more."""
+        now = time.monotonic()
+        before, then = self.marks.get(thing, (None, 0))
+        if value is None or before is None or value < before:
+            self.marks[thing], self.moved[thing], self.seen[thing] = (value, now), now, now
+        elif now - then >= CPU_S:
+            if (value - before) / (now - then) >= BUSY_CPU:
+                self.moved[thing] = now
+            self.marks[thing], self.seen[thing] = (value, now), now
+
+    def note(self, nodes, server, log):
+        """Compare this look at the nodes, the server's processes and its log with the looks before."""
+        for address, node in nodes.items():
+            self.see(f"memory {address}", node and node["available"], MOVED_BYTES)
+            self.see_cpu(f"cpu {address}", node and node["cpu"])
+        # A GPU at work moves at every look.
+        working = any(node and (node["gpu"] or 0) >= BUSY_GPU for node in nodes.values())
+        self.see("gpu", self.marks.get("gpu", 0) + working, 1)
+        self.see_cpu("server_cpu", processor_time(lambda pid, _: pid == server)[1])
+        self.see("log", os.path.getsize(log) if os.path.exists(log) else 0, 1)
+
+    def seconds(self):
+        return {thing: self.seen[thing] - moved for thing, moved in self.moved.items()}
+
+
+class Counters:
+    """For how many seconds the API's counters have not moved, and requests were seen to wait or nobody answered.
+
+    Both are needed to call a server hung, because an idle server has nothing to move.
+    """
+
+    def __init__(self, url):
+        self.url, self.lines = url, None
+        self.moved = self.idle = self.seen = time.monotonic()
+        # In a thread: a server that hangs does not answer.
+        threading.Thread(target=self.follow, daemon=True).start()
+
+    def follow(self):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            try:
+                with opener.open(f"{self.url}/metrics", timeout=3) as answer:
+                    lines = answer.read().decode().splitlines()
+                requests = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(REQUESTS))
+                self.note([line for line in lines if line.startswith(MOVING)], requests > 0)
+            except urllib.error.HTTPError:
+                self.note(self.lines, False)  # the server answers, but refuses its metrics
+            except Exception:
+                self.note(self.lines, True)  # not up yet, hung, or half an answer
+            time.sleep(METRICS_S)
+
+    def note(self, lines, waits):
+        now = time.monotonic()
+        self.moved = now if lines != self.lines else self.moved
+        self.idle = self.idle if waits else now
+        self.lines, self.seen = lines, now
+
+    def seconds(self):
+        return {"counters": max(0, self.seen - self.moved), "waiting": max(0, self.seen - self.idle)}
+
+
+# --- The recorder ----------------------------------------------------------------------------------------------------
+
+
+def runs(group):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+def end(group):
+    """Ask the server's processes to end, and force them after 5 s."""
+    for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+        deadline = time.monotonic() + patience
+        while runs(group) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def say(text):
+    with contextlib.suppress(OSError):  # a full disk must not end the guard
+        print(f"memory guard: {text}", flush=True)
+
+
+def keep(file, value):
+    with contextlib.suppress(OSError):  # a full disk must not end the guard
+        with open(f"{file}.new", "w") as opened:
+            json.dump(value, opened)
+        os.replace(f"{file}.new", file)
+
+
+def kept(file):
+    """Read what an earlier recorder of the same server wrote."""
+    with contextlib.suppress(OSError, ValueError), open(file) as opened:
+        return json.load(opened)
+    return {}
+
+
+def guard_memory(nodes, least, server):
+    for address, node in nodes.items():
+        if node and (free := node["available"] / GIB) < least:
+            say(f"{address} has {free:.1f} GiB left, less than MEM_ABORT_GIB ({least:g}): ending the server")
+            return end(server)
+
+
+def record(pid_file, folder, url, least):
+    with open(pid_file) as opened:
+        server = int(opened.read())  # also the id of its process group
+    lows, silent = kept(f"{folder}/memory-low.json"), {}
+    still, counters, gauges = Stillness(), Counters(url), start_gauges()
+    limit = f"the server is ended below {least:g} GiB (MEM_ABORT_GIB)" if least else "MEM_ABORT_GIB is 0: it only looks"
+    say(f"watching {', '.join(sorted(gauges))}; {limit}")
+    while runs(server):
+        nodes, now = ask(gauges, "look"), time.monotonic()
+        guard_memory(nodes, least, server)  # before anything is written: a disk may hang
+        for address, node in nodes.items():
+            if node:
+                silent.pop(address, None)
+                lows[address] = min(node["available"], lows.get(address, node["available"]))
+            elif address not in silent:
+                silent[address] = now
+                say(f"{address} does not answer; its memory is not watched")
+        still.note(nodes, server, f"{folder}/serve.log")
+        keep(f"{folder}/memory-low.json", lows)
+        quiet = still.seconds() | counters.seconds()
+        silence = {address: now - since for address, since in silent.items()}
+        keep(f"{folder}/vitals.json", {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence})
+        time.sleep(1)
+
+
+def print_memory(pause):
+    gauges = start_gauges()
+    while True:
+        print(json.dumps(ask(gauges, "available")), flush=True)
+        if select.select([sys.stdin], [], [], pause)[0]:  # standard input was closed
+            return
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--print":
+        print_memory(float(sys.argv[2]))
+    else:
+        record(*sys.argv[1:4], float(sys.argv[4]))

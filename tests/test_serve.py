@@ -1,0 +1,219 @@
+"""serve.sh, which starts, follows and ends the model's server in the head's container: here it runs on this machine."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "cluster/inside/serve.sh"
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture
+def serve(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Runs serve.sh with its files in tmp_path, and leaves no process behind.
+
+    fed: through standard input, as `inv stop` does. A process that nobody reaps counts as running, and process 1 of a
+    container may reap nothing: so this process adopts what the script leaves running, and reaps it.
+    """
+    env = {"PATH": os.environ["PATH"], "SERVE_PID": f"{tmp_path}/serve.pid", "SERVE_LOGS": str(tmp_path)}
+    groups: list[int] = []
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+    def run(*words: str, fed: bool = False, **more: str) -> subprocess.CompletedProcess:
+        command = ["bash", "-s", *words] if fed else ["bash", str(SCRIPT), *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with SCRIPT.open() if fed else open(os.devnull) as given:
+            child = subprocess.Popen(command, env=env | more, stdin=given, process_group=0, **pipes)
+        groups.append(child.pid)
+        out, err = child.communicate(timeout=20)
+        if words[0] == "start" and child.returncode == 0:
+            groups.append(server(tmp_path))
+            threading.Thread(target=_reap, args=(groups[-1],), daemon=True).start()
+        return subprocess.CompletedProcess(words, child.returncode, out, err)
+
+    yield run
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        _reap(-group)
+    prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _reap(which: int) -> None:
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(which, 0)
+
+
+@pytest.fixture
+def quick(tmp_path) -> str:
+    """A PATH on which a pause takes no time; each is counted in the file `slept`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sleep").write_text("#!/bin/sh\necho >>$SERVE_LOGS/slept\nexec /bin/sleep 0.01\n")
+    (tmp_path / "bin/sleep").chmod(0o755)
+    return f"{tmp_path}/bin:{os.environ['PATH']}"
+
+
+def server(folder: Path) -> int:
+    """The process id of the server that was started last."""
+    return int((folder / "serve.pid").read_text())
+
+
+def runs(pid: int) -> bool:
+    """Whether a process with this id is there."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def until(true: Callable[[], object]) -> bool:
+    """Wait up to 10 s until something is true."""
+    deadline = time.monotonic() + 10
+    while not (now := true()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(now)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck: apt-get install -y shellcheck")
+def test_the_script_is_clean():
+    """shellcheck has nothing to say."""
+    checked = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_a_server_is_on_its_own(serve, tmp_path):
+    """The start comes back at once; the server has a session, a log and a pid file, and reads no standard input."""
+    assert serve("start", "bash", "-c", "cat; echo $KEY; exec sleep 60", KEY="by name").returncode == 0
+    pid = server(tmp_path)
+    assert until(lambda: (tmp_path / "serve.log").read_text() == "by name\n")
+    assert os.getsid(pid) == os.getpgid(pid) == pid
+
+
+def test_a_second_server_is_refused(serve, tmp_path):
+    """The server holds a lock while it runs, so two launches at the same time start one server."""
+    serve("start", "sleep", "60")
+    pid = server(tmp_path)
+    refused = serve("start", "sleep", "61")
+    assert refused.returncode == 1 and refused.stderr == "a server runs here already\n"
+    assert server(tmp_path) == pid and (tmp_path / "serve.words").read_text() == "sleep\n60\n"
+    os.kill(pid, signal.SIGKILL)
+    assert until(lambda: not runs(pid)) and serve("start", "sleep", "60").returncode == 0
+
+
+def test_a_new_server_begins_anew(serve, tmp_path):
+    """What was seen of the server before is gone, and its log is kept: a load that has just begun is not stuck."""
+    for name in ("vitals.json", "memory-low.json", "serve.log"):
+        (tmp_path / name).write_text("of the server before")
+    serve("start", "sleep", "60")
+    assert (tmp_path / "serve.log.1").read_text() == "of the server before"
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("serve.log", "serve.log.1", "serve.pid", "serve.pid.lock", "serve.words")
+    }
+
+
+def test_the_log_is_cut_and_the_last_of_it_kept(serve, tmp_path):
+    """While the server runs its log stays small, and the part before is kept."""
+    log, old = tmp_path / "serve.log", tmp_path / "serve.log.1"
+    counts = "for n in {1..500}; do echo $n; (( n % 50 )) || sleep 0.05; done; exec sleep 60"
+    serve("start", "bash", "-c", counts, SERVE_LOG_BYTES="500", SERVE_LOG_LOOK_S="0.1")
+    assert until(lambda: old.exists() and "500" in log.read_text().split() + old.read_text().split())
+    assert until(lambda: log.stat().st_size < 500)
+    assert old.stat().st_size >= 500
+
+
+def test_the_log_is_followed_to_the_servers_end(serve, tmp_path):
+    """Every line from the first, and the follower ends with the server."""
+    serve("start", "bash", "-c", "echo first; sleep 0.3; echo last")
+    assert serve("follow").stdout == "first\nlast\n"
+
+
+def test_the_state_tells_a_server_that_runs_from_one_that_ended(serve, tmp_path):
+    """Whether the server runs, since when, and its words; a stop deletes the words, a crash does not."""
+    assert serve("state").stdout == ""
+    serve("start", "sleep", "60", "0")
+    runs_now, since, *words = serve("state").stdout.splitlines()
+    assert runs_now == "0" and words == ["sleep", "60", "0"] and abs(int(since) - time.time()) < 20
+    os.kill(server(tmp_path), signal.SIGKILL)
+    assert until(lambda: serve("state").stdout.splitlines()[::2] == ["1", "sleep", "0"])
+    serve("stop")
+    assert serve("state", fed=True).stdout.splitlines() == ["1", since]
+
+
+@pytest.mark.parametrize("fed", [False, True], ids=["mounted", "through standard input"])
+def test_a_stop_ends_the_server(fed, serve, quick, tmp_path):
+    """The server is asked and may clean up; a container without the mount is fed the script."""
+    serve("start", "bash", "-c", "trap 'echo cleaned up; exit' TERM; echo ready; while :; do sleep 0.01; done")
+    assert until(lambda: "ready" in (tmp_path / "serve.log").read_text())
+    stopped = serve("stop", fed=fed, PATH=quick)
+    assert (stopped.returncode, stopped.stderr) == (0, "") and not runs(server(tmp_path))
+    assert "cleaned up" in (tmp_path / "serve.log").read_text() and not (tmp_path / "serve.words").exists()
+
+
+def test_a_server_that_does_not_listen_is_killed(serve, quick, tmp_path):
+    """After 30 s, and the operator is told."""
+    serve("start", "bash", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done")
+    assert until(lambda: "ready" in (tmp_path / "serve.log").read_text())
+    stopped = serve("stop", PATH=quick)
+    assert stopped.stderr == "still there after 30 s, killed\n" and len((tmp_path / "slept").read_text()) == 30
+    assert until(lambda: not runs(server(tmp_path)))
+
+
+def test_a_server_whose_first_process_is_gone_is_ended(serve, quick, tmp_path):
+    """Its other processes hold the GPU, so the whole group is asked."""
+    serve("start", "bash", "-c", "sleep 60 & echo $!; kill -KILL $$")
+    pid = server(tmp_path)
+    assert until(lambda: not runs(pid))
+    left = int((tmp_path / "serve.log").read_text())
+    threading.Thread(target=_reap, args=(left,), daemon=True).start()
+    assert serve("state").stdout.startswith("0\n") and runs(left)
+    assert serve("stop", PATH=quick).returncode == 0 and until(lambda: not runs(left))
+
+
+@pytest.mark.parametrize("recorded", [None, "4194305\n"], ids=["no server", "a server that has ended"])
+def test_a_stop_of_nothing_does_not_claim_a_kill(recorded, serve, tmp_path):
+    """4194305 is beyond the kernel's highest process id."""
+    if recorded:
+        (tmp_path / "serve.pid").write_text(recorded)
+    stopped = serve("stop")
+    assert stopped.returncode and "killed" not in stopped.stderr
+
+
+def test_there_is_one_recorder(serve, tmp_path):
+    """A recorder that was there, and may be stuck, is ended; `inv memory` runs the same script and goes on."""
+    script = tmp_path / "recorder.py"
+    script.write_text("import sys, time; print(*sys.argv[1:], flush=True); time.sleep(60)")
+    shutil.copy(SCRIPT, tmp_path / "serve.sh")
+    pid_file = str(tmp_path / "serve.pid")
+    env = {"PATH": os.environ["PATH"], "SERVE_PID": pid_file, "SERVE_LOGS": str(tmp_path)}
+    started = [
+        subprocess.Popen(["python3", script, *words], stdout=subprocess.PIPE)
+        for words in ([pid_file, "stuck"], ["--print", "2"])
+    ]
+    assert all(child.stdout.readline() for child in started)
+    subprocess.run(["bash", str(tmp_path / "serve.sh"), "record", "http://head", "2"], env=env, check=True)
+    stuck, printing = started
+    assert stuck.wait(10) == -signal.SIGKILL
+    log = tmp_path / "serve.log"
+    assert until(lambda: log.exists() and log.read_text() == f"{pid_file} {tmp_path} http://head 2\n")
+    assert printing.poll() is None
+    printing.kill()
+    subprocess.run(["pkill", "-KILL", "-f", f"{script} {pid_file} "], check=True)
+    for child in started:
+        child.communicate()
+
+
+def test_a_fetch_tells_the_commit(serve, tmp_path):
+    """`hf download` leaves the commit beside the file; a download that fails tells none and fails."""
+    kept = tmp_path / "parsers/.cache/huggingface/download"
+    kept.mkdir(parents=True)
+    (kept / "parser.py.metadata").write_text("0123abc\n1700000000\n")
+    assert serve("fetch", "true", str(tmp_path / "parsers")).stdout == "0123abc\n"
+    assert serve("fetch", "false", str(tmp_path / "parsers")).returncode == 1
