@@ -6,7 +6,8 @@ from functools import partial
 
 from invoke import Collection, Context, Exit, Task, task
 
-from cluster import guards, image, leftovers, node, server
+from cluster import cleanup as leftovers
+from cluster import guards, image, node, server
 from cluster import logs as kept
 from cluster import plan as planned
 from cluster import token as tokens
@@ -29,7 +30,7 @@ MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 25
 @verb(name="build-image", help={"base-image": "what Ray is put on (BASE_IMAGE)", "tag": "the new image's name (TAG)"})
 def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
     """Build the image that every node runs."""
-    _each(c, [image.build(_settings(None, BASE_IMAGE=base_image, TAG=tag))])
+    _each(c, [image.build_command(_settings(None, BASE_IMAGE=base_image, TAG=tag))])
 
 
 @verb(help={"model": START, "detach": DETACH})
@@ -219,7 +220,7 @@ def cleanup(c: Context, yes: bool = False) -> None:
     """Show what earlier runs left here, ask, remove it."""
     if c.config.run.dry:
         return show(node.removal_command())
-    leftovers.clean(_settings(None), yes)
+    leftovers.clean_up(_settings(None), yes)
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
@@ -229,7 +230,7 @@ def plan(c: Context, model: str, max_len: str | None = None) -> None:
     from checks import inspection, report
 
     report.foretell(inspection.foresee(settings))
-    show(*planned.commands(settings))
+    show(*planned.plan_commands(settings))
 
 
 @verb(help={

@@ -1,34 +1,34 @@
-"""The image that both nodes run: NVIDIA's vLLM with Ray put back."""
+"""The image that every node runs: NVIDIA's vLLM with Ray put back."""
 
 from pathlib import Path
 
 from invoke import Exit
 
-from command import template
-from command.command import Command
-from settings.names import DEFAULT_BASE_IMAGE
-from settings.resolve import Settings
+from cluster.command import Command, render
+from cluster.settings import DEFAULT_BASE_IMAGE, Settings
 
-# The first of these also pulls the base where it is missing. A base with Ray keeps its own.
-_VLLM = 'from importlib.metadata import version; print(version("vllm"))'
-_RAY = 'from importlib.metadata import distributions as d; print(next((f.version for f in d(name="ray")), "{}"))'
-_DIGEST = "{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}"
+# The first `docker run` with one of these also pulls the base. A base that has Ray keeps its version.
+VLLM_VERSION = 'from importlib.metadata import version; print(version("vllm"))'
+RAY_VERSION = 'from importlib.metadata import distributions as d; print(next((f.version for f in d(name="ray")), "{}"))'
+DIGEST = "{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}"
 
 
-def build(settings: Settings) -> Command:
-    """The command that builds cluster/Dockerfile; raises Exit if another base would take the usual name."""
+def build_command(settings: Settings) -> Command:
+    """Return the command that builds cluster/Dockerfile.
+
+    Raises Exit if the image of another base would get the name that every node uses.
+    """
     base = settings["BASE_IMAGE"]
     if base != DEFAULT_BASE_IMAGE and "TAG" not in settings:
         raise Exit(
-            f"BASE_IMAGE ({settings.origin('BASE_IMAGE')}) is {base}: another base wants a name of its own, or it "
-            f"would replace {settings['VLLM_IMAGE']}. Add --tag local/vllm-ray:NAME, and use it as VLLM_IMAGE."
+            f"BASE_IMAGE ({settings.origin('BASE_IMAGE')}) is {base}. The image of another base needs a name of its "
+            f"own, or it would replace {settings['VLLM_IMAGE']}. Add --tag local/vllm-ray:NAME, and set VLLM_IMAGE."
         )
     asks = {
-        "VLLM_VERSION": template.render("image_python.j2", image=base, script=_VLLM),
-        "RAY_VERSION": template.render("image_python.j2", image=base, script=_RAY.format(settings["RAY_VERSION"])),
-        "BASE_DIGEST": template.render("image_inspect.j2", image=base, format=_DIGEST),
+        "VLLM_VERSION": render("image_python.j2", image=base, script=VLLM_VERSION),
+        "RAY_VERSION": render("image_python.j2", image=base, script=RAY_VERSION.format(settings["RAY_VERSION"])),
+        "BASE_DIGEST": render("image_inspect.j2", image=base, format=DIGEST),
     }
-    folder = Path(__file__).resolve().parent
-    tag = settings.get("TAG", settings["VLLM_IMAGE"])
-    lines = template.render("docker_build.j2", BASE_IMAGE=base, by_name=list(asks), tag=tag, folder=folder)
+    tag, folder = settings.get("TAG", settings["VLLM_IMAGE"]), Path(__file__).resolve().parent
+    lines = render("docker_build.j2", BASE_IMAGE=base, by_name=list(asks), tag=tag, folder=folder)
     return Command(lines, "every node", asks=asks)

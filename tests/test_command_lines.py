@@ -1,4 +1,4 @@
-"""Whole command lines, as `inv --dry` and `inv plan` print them: what is in tests/golden is what runs."""
+"""Whole command lines, as `inv --dry` and `inv plan` print them, compared with tests/golden."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def _file(line: str) -> str:
 
 @pytest.mark.parametrize("line", TASKS)
 def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses, operator):
-    """The standard output of `inv --dry TASK` is the command lines of the task, to the byte."""
+    """`inv --dry TASK` prints the command lines of the task, and nothing else, to standard output."""
     if line.startswith("worker"):
         addresses["enp1s0f1np1"] = "10.0.0.2"
     operator.setattr("settings.version.digest", lambda: "SHA256")
@@ -46,18 +46,18 @@ def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses, operat
 
 @pytest.mark.parametrize("line", PLANS)
 def test_a_plan_prints_this_and_no_more(line, inv, golden):
-    """`inv plan` prints the command lines of head, worker and launch, to the byte."""
+    """`inv plan` prints the command lines of head, worker and launch, and nothing else, to standard output."""
     golden(_file(line), inv(line).out)
 
 
 def test_no_golden_file_is_left_over():
-    """Every file in tests/golden is one that a test compares."""
+    """A test compares every file in tests/golden."""
     assert {file.stem for file in (ROOT / "tests/golden").iterdir()} == {_file(line) for line in TASKS + PLANS}
 
 
 @pytest.mark.parametrize("name", models.known())
 def test_the_plan_is_what_the_three_tasks_run(name, inv, addresses):
-    """What `inv plan` prints is what head, worker and launch print, each on its own node."""
+    """`inv plan` prints the same lines as head, worker and launch, each on its own node."""
     head = inv(f"--dry head --model {name}").out
     addresses["enp1s0f1np1"] = "10.0.0.2"
     worker = inv(f"--dry worker --model {name}").out
@@ -66,12 +66,12 @@ def test_the_plan_is_what_the_three_tasks_run(name, inv, addresses):
 
 @pytest.mark.parametrize("flags", ["", " --detach", " --max-len 256K --detach"])
 def test_a_models_own_launch_is_the_same(flags, inv):
-    """`launch-NAME` takes what `launch --model NAME` takes, and runs the same lines."""
+    """`launch-NAME` takes the flags of `launch --model NAME`, and runs the same lines."""
     assert inv(f"--dry launch-qwen-30b{flags}").out == inv(f"--dry launch --model qwen-30b{flags}").out
 
 
 def test_a_laptop_without_links_plans_with_the_documented_ones(inv, tmp_path):
-    """Without a RoCE device `inv plan` takes the links that .env.example names, and says so."""
+    """Without a RoCE device `inv plan` uses the links that .env.example names, and tells the operator so."""
     said = inv("plan --model nemotron", SYSFS=str(tmp_path / "nothing"))
     documented = dict(re.findall("^# (RDMA_HCAS|DATA_IFS)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
     assert said.out == inv("plan --model nemotron", **documented).out
@@ -82,7 +82,7 @@ def test_a_laptop_without_links_plans_with_the_documented_ones(inv, tmp_path):
     "shell", [{"TP_SIZE": "4"}, {"WORKER_IP": "10.0.0.1"}, {"WORKER_IP": "10.0.0.2,10.0.0.2", "TP_SIZE": "3"}]
 )
 def test_a_plan_that_would_be_refused_says_so(shell, inv):
-    """It is printed all the same: too few workers are what a plan may be asked for."""
+    """With too few workers the plan is still printed, after a warning that launch would refuse."""
     said = inv("plan --model nemotron", **shell)
     assert said.code == 0 and "as it stands, launch would refuse." in said.err and "vllm serve" in said.out
     assert "would refuse" not in inv("plan --model nemotron").err
@@ -90,26 +90,26 @@ def test_a_plan_that_would_be_refused_says_so(shell, inv):
 
 @pytest.mark.parametrize("task", ["launch", "up", "check", "plan"])
 def test_a_model_that_is_not_named_is_asked_for(task, inv):
-    """With the names that there are."""
+    """The message lists all models."""
     said = inv(task)
     assert said.code and said.err == "--model is missing; it takes one of nemotron, qwen-122b, qwen-30b, rehearsal."
 
 
 def test_down_by_another_heads_address_is_for_this_node_alone(inv):
-    """Elsewhere the flag would mean nothing, and take everything down."""
+    """`down --head-ip` without `--here` is refused, because it would take all nodes down."""
     said = inv("--dry down --head-ip 10.0.0.9")
     assert said.code and said.out == "" and "--head-ip goes with --here" in said.err
 
 
 def test_a_log_that_cannot_be_read_is_not_called_missing(inv, tmp_path):
-    """Which of the two it is decides what to do."""
+    """A missing log and a log that cannot be read have different messages."""
     (tmp_path / "file").touch()
     assert "There is no " in inv("logs", CACHE_DIR=str(tmp_path)).err
     assert "cannot be read: Not a directory. Type: ls -ld " in inv("logs", CACHE_DIR=str(tmp_path / "file")).err
 
 
 def test_a_plan_has_one_worker_for_each_address(inv):
-    """Three nodes are planned as they would be brought up: a head and two workers."""
+    """A plan for three nodes has a head and two workers."""
     said = inv("plan --model nemotron", WORKER_IP="10.0.0.2,10.0.0.3", TP_SIZE="3").out
     assert re.findall("^# (.*)\nexport", said, re.M) == ["head, 10.0.0.1", "worker, 10.0.0.2", "worker, 10.0.0.3"]
 
@@ -123,20 +123,20 @@ def test_a_plan_has_one_worker_for_each_address(inv):
     ],
 )
 def test_another_base_has_another_name(line, shell, inv):
-    """Base and tag work as flags and from the environment; every question is asked of the base that is meant."""
+    """Base and tag can be flags or variables, and every `docker run` uses the base that was chosen."""
     out = inv(f"--dry build-image {line}", **shell).out
     assert "--build-arg BASE_IMAGE=nvcr.io/nvidia/vllm:26.03-py3 \\\n" in out and "--tag mine:26.03 \\\n" in out
     assert out.count("nvcr.io/nvidia/vllm:26.03-py3") == 4 and "26.05" not in out
 
 
 def test_another_base_does_not_take_the_usual_name(inv):
-    """Without a tag of its own another base would replace the image that both nodes run."""
+    """Another base without a tag is refused, because it would replace the image that every node runs."""
     said = inv("--dry build-image --base-image nvcr.io/nvidia/vllm:26.03-py3")
     assert said.code and said.out == "" and "--tag" in said.err and "flag --base-image" in said.err
 
 
-def test_every_cache_has_its_place(inv):
-    """Five folders outlive the container, also where the Hugging Face one is the folder of another."""
+def test_every_cache_has_a_mount(inv):
+    """Five folders survive the container, even if HF_CACHE is the folder of another cache."""
     for folder in ("/big/huggingface", "/big/vllm"):
         out = inv("--dry head", CACHE_DIR="/big", HF_CACHE=folder).out
         assert re.findall(r"^  -v \S+:(\S+) \\$", out, re.M) == [

@@ -1,8 +1,10 @@
-"""What head, worker and launch refuse before anything starts, with the cause and the command to type.
+"""Guards: head, worker and launch refuse before anything starts, with the cause and the command to type.
 
-The Engine here is made up: the stand-in Sparks of tests/rehearsal have real ones. So these are few: the sentences.
+Docker's Engine is made up here, and these tests hold the sentences. The stand-in Sparks of tests/rehearsal have real
+Engines.
 """
 
+import hashlib
 import os
 import shlex
 import socket
@@ -16,10 +18,8 @@ from invoke import Exit
 from requests.exceptions import JSONDecodeError
 
 from checks import nodes
-from cluster import engine as asking
-from cluster import guards, leftovers, token
+from cluster import cleanup, engine, guards, token
 from cluster.node import Network
-from host import engine
 from settings import models, resolve
 
 HERE, ELSEWHERE = "127.0.0.1", "192.0.2.1"
@@ -32,7 +32,7 @@ NEMOTRON = {
 
 
 class Container:
-    """A container as the docker SDK shows it, which answers as it is told."""
+    """A container as the docker SDK shows it."""
 
     def __init__(self, name="node-ray", status="running", serving=False, **env):
         env = {"VLLM_HOST_IP": HERE, "MASTER_ADDR": HERE} | env
@@ -42,23 +42,22 @@ class Container:
         self.attrs = {"Config": config, "Created": datetime.now(UTC).isoformat()}
 
     def exec_run(self, words, demux=False):
-        """Whether the server runs."""
+        """Answer the only question that guards ask in a container: whether the server runs."""
         return (0 if self.serving else 1), (b"", b"")
 
 
 @pytest.fixture
 def docker(operator):
-    """The Engine of this node: what it has is what a test puts in."""
+    """This node's Engine. A test sets its containers, and whether it has the image."""
     found = SimpleNamespace(containers=[], images=True)
-    operator.setattr(engine, "node", lambda: next((c for c in found.containers if c.name == "node-ray"), None))
-    operator.setattr(engine, "ours", lambda: found.containers)
+    operator.setattr(engine, "our_containers", lambda: found.containers)
     operator.setattr(engine, "has_image", lambda name: found.images)
     return found
 
 
 @pytest.fixture
 def ray_port(operator):
-    """A port of this machine where something answers, in the place of Ray's."""
+    """A port of this machine that answers, used instead of Ray's port."""
     with socket.create_server((HERE, 0)) as listening:
         operator.setattr(guards, "RAY_PORT", listening.getsockname()[1])
         yield listening.getsockname()[1]
@@ -76,40 +75,40 @@ AT_HOME = Network(HERE, (), ("lo",))
 
 
 def test_a_head_is_where_its_address_is(docker):
-    """HEAD_NODE_IP that is no address of this host: the other node, or .env."""
+    """If HEAD_NODE_IP is no address of this host, the message names the other node and .env."""
     said = _refused(guards.before_head, AT_HOME, model="nemotron", HEAD_NODE_IP=ELSEWHERE)
     assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and "inv worker --model nemotron" in said
 
 
-def test_a_head_calls_itself_by_the_address_that_workers_dial(docker):
-    """A PRIMARY_IF with another address than HEAD_NODE_IP would be two addresses for one head."""
+def test_a_head_uses_the_address_that_workers_dial(docker):
+    """A head whose PRIMARY_IF has another address than HEAD_NODE_IP is refused."""
     said = _refused(guards.before_head, Network("10.0.0.7", (), ()), HEAD_NODE_IP=HERE)
     assert HERE in said and "10.0.0.7" in said and ".env" in said
 
 
 def test_a_worker_is_not_on_the_heads_host(docker):
-    """Two Rays on one Spark would pass a count of nodes."""
+    """A worker on the head's host is refused: Ray would count two nodes on one Spark."""
     said = _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=HERE)
     assert HERE in said and "inv head" in said and "inv worker on the other node" in said
 
 
-def test_a_worker_waits_for_a_head_and_then_says_so(docker, ray_port, capfd):
-    """`ray start --address` would wait in silence."""
+def test_a_worker_does_not_wait_for_a_head_for_ever(docker, ray_port, capfd):
+    """After WAIT_HEAD_S the message names the address and inv head. `ray start --address` alone would say nothing."""
     said = _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=ELSEWHERE, WAIT_HEAD_S="0")
     assert f"No head answers at {ELSEWHERE}:{ray_port} after 0 s (WAIT_HEAD_S)" in said and "inv head" in said
 
 
 @pytest.mark.parametrize(("guard", "address"), [(guards.before_head, HERE), (guards.before_worker, ELSEWHERE)])
 @pytest.mark.parametrize("status", ["running", "exited"])
-def test_a_container_that_is_left_is_a_persons_question(guard, address, status, docker):
-    """A node-ray in whatever state stops the bring-up, and nothing is removed by itself."""
+def test_a_container_that_is_left_is_not_removed(guard, address, status, docker):
+    """A node-ray in any state is refused, and the message names inv cleanup."""
     docker.containers = [Container(status=status)]
     said = _refused(guard, AT_HOME, HEAD_NODE_IP=address)
     assert "A node-ray is here already" in said and status in said and "inv cleanup" in said
 
 
 def test_a_missing_image_is_named(docker):
-    """The image is looked for before a container is tried: `docker run` would try to pull it."""
+    """A missing image is found before `docker run`, which would try to pull it."""
     docker.images = False
     assert "Docker has no image local/vllm-ray:26.05.post1" in (
         said := _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
@@ -118,7 +117,7 @@ def test_a_missing_image_is_named(docker):
 
 
 def test_a_held_ray_port_is_named_with_its_holder(docker, ray_port):
-    """A second head on a taken port fails minutes later, and says something else."""
+    """If Ray's port is taken, the program that holds it is named. Ray would fail later, with another message."""
     said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
     assert f"Ray cannot listen: port {ray_port} is held by " in said and "inv cleanup" in said
 
@@ -131,27 +130,27 @@ def _launch(model="nemotron", **shell) -> str:
 
 
 def test_launch_without_a_container(docker):
-    """No container, or one that does not run, is answered with the bring-up."""
+    """Without a running container launch is refused, and the message says how to bring one up."""
     assert "No node-ray runs on this node. Type: inv head --model nemotron" in _launch()
     docker.containers = [Container(status="exited")]
     assert "exited" in (said := _launch()) and "inv cleanup" in said
 
 
 def test_launch_on_a_worker(docker):
-    """The server starts on the head; a worker's container knows that it is none."""
+    """Launch is refused on a worker, with the head's address."""
     docker.containers = [Container(VLLM_HOST_IP="10.0.0.2", MASTER_ADDR="10.0.0.1", **NEMOTRON)]
     assert "This node is a worker (10.0.0.2). Type it on the head, 10.0.0.1." in _launch()
 
 
 @pytest.mark.parametrize(("model", "names"), [("nemotron", "HF_TOKEN and VLLM_API_KEY"), ("qwen-30b", "VLLM_API_KEY")])
 def test_launch_without_the_secrets_of_the_profile(model, names, docker):
-    """Unset or empty, each missing secret is named."""
+    """Each required secret that is unset or empty is named."""
     docker.containers = [Container(**NEMOTRON)]
     assert _launch(model, HF_TOKEN="", VLLM_API_KEY="").startswith(f"{names} must be set for {model}")
 
 
 def test_launch_where_the_containers_started_without_the_models_variables(docker):
-    """Missing and different values are told apart, and both bring-ups are there to be typed."""
+    """The message tells missing from different values, and has both lines that bring the nodes up again."""
     env = NEMOTRON | {"VLLM_NVFP4_GEMM_BACKEND": "cutlass"}
     del env["VLLM_ALLOW_LONG_MAX_MODEL_LEN"]
     docker.containers = [Container(**env)]
@@ -163,19 +162,19 @@ def test_launch_where_the_containers_started_without_the_models_variables(docker
 
 
 def test_launch_twice(docker):
-    """One server per cluster: the second is refused before it takes memory."""
+    """A second server is refused before it takes memory."""
     docker.containers = [Container(serving=True, **NEMOTRON)]
     assert "A server runs in this container already. Type: inv stop" in _launch()
 
 
 def test_launch_on_a_taken_port(docker, ray_port):
-    """The API's port is tried on the address where the API will listen."""
+    """Launch is refused if the API's port is taken, on the address where the API would listen."""
     docker.containers = [Container(**NEMOTRON)]
     assert f"The API cannot listen: port {ray_port} is held by " in _launch(PORT=str(ray_port))
 
 
 def test_launch_without_an_answer_from_ray(docker, operator):
-    """Ray's port is asked with a plain connect, which fails at once."""
+    """Launch is refused at once if Ray's port does not answer."""
     docker.containers = [Container(**NEMOTRON)]
     with socket.create_server((HERE, 0)) as closed:
         port = closed.getsockname()[1]
@@ -183,8 +182,8 @@ def test_launch_without_an_answer_from_ray(docker, operator):
     assert f"Ray does not answer at {HERE}:{port}" in _launch(PORT=str(port))
 
 
-def test_launch_where_all_is_as_it_should_be(docker, ray_port):
-    """Nothing is refused, and nothing is asked twice."""
+def test_launch_where_nothing_is_wrong(docker, ray_port):
+    """The guard returns the head's container."""
     docker.containers = [Container(**NEMOTRON)]
     with socket.create_server((HERE, 0)) as closed:
         port = closed.getsockname()[1]
@@ -201,11 +200,11 @@ def test_an_answer_of_rays_that_is_none_is_no_answer(answer):
 
 
 def test_cleanup_without_a_terminal_removes_nothing(docker, capfd, operator):
-    """Nobody to ask, nothing removed: what is left is shown, and how to say yes."""
+    """Without a terminal nothing is removed. The message shows what is left, and names --yes."""
     docker.containers = [Container(name="node-17", status="exited")]
     operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
-    operator.setattr(leftovers.run, "run_whole", lambda command: pytest.fail("removed"))
-    assert "inv cleanup --yes" in _refused(leftovers.clean, False)
+    operator.setattr(cleanup, "run", lambda command, whole: pytest.fail("removed"))
+    assert "inv cleanup --yes" in _refused(cleanup.clean_up, False)
     assert "node-17: exited" in capfd.readouterr().err
 
 
@@ -213,44 +212,44 @@ def test_cleanup_without_a_terminal_removes_nothing(docker, capfd, operator):
     ("typed", "removed"), [("y\n", True), ("yes\n", True), ("n\n", False), ("\n", False), ("", False)]
 )
 def test_cleanup_asks(typed, removed, docker, capfd, operator):
-    """Only a yes is a yes."""
+    """Cleanup removes containers only after y or yes."""
     docker.containers = [Container(), Container(name="node-17")]
     ran = []
     operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: typed))
-    operator.setattr(leftovers.run, "run_whole", lambda command: ran.append(command.words))
+    operator.setattr(cleanup, "run", lambda command, whole: ran.append(command.words))
     if removed:
-        leftovers.clean(resolve.load(None, {}, {"ENV_FILE": ""}), False)
+        cleanup.clean_up(resolve.load(None, {}, {"ENV_FILE": ""}), False)
     else:
-        assert "Nothing was removed." in _refused(leftovers.clean, False)
+        assert "Nothing was removed." in _refused(cleanup.clean_up, False)
     assert ran == ([["docker", "rm", "--force", "node-ray", "node-17"]] if removed else [])
 
 
 @pytest.mark.parametrize(
-    "asked", [asking.our_containers, lambda: asking.has_image("an image"), lambda: asking.image_labels("an image")],
+    "asked", [engine.our_containers, lambda: engine.has_image("an image"), lambda: engine.image_labels("an image")],
     ids=["containers", "image", "labels"],
 )  # fmt: skip
 @pytest.mark.parametrize("error", [APIError("500 Server Error"), JSONDecodeError("Expecting value", "", 0)], ids=repr)
-def test_an_engine_that_answers_with_an_error_is_a_sentence(asked, error, operator):
-    """It can be reached, and still be ill."""
+def test_an_error_of_docker_is_a_sentence(asked, error, operator):
+    """An Engine that answers with an error ends in one sentence with what to type."""
 
     def fails(*_, **__):
         raise error
 
     ill = SimpleNamespace(list=fails, get=fails)
-    operator.setattr(asking, "client", lambda: SimpleNamespace(containers=ill, images=ill))
+    operator.setattr(engine, "client", lambda: SimpleNamespace(containers=ill, images=ill))
     with pytest.raises(Exit, match=r"^Docker could not .*\. Type: docker ps$"):
         asked()
 
 
-def test_an_address_of_docker_that_is_none_is_a_sentence(operator):
-    """A port out of range is no traceback."""
+def test_a_wrong_address_of_docker_is_a_sentence(operator):
+    """A port out of range ends in a sentence, not in a traceback."""
     operator.setenv("DOCKER_HOST", "tcp://127.0.0.1:99999")
     with pytest.raises(Exit, match=r"^Docker cannot be reached at tcp://127\.0\.0\.1:99999 \(DOCKER_HOST\): "):
-        asking.client.__wrapped__()
+        engine.client.__wrapped__()
 
 
-def test_the_tokens_lines_copy_it_wherever_it_is(operator, tmp_path, capfd):
-    """Pasted into bash, each puts the file on a worker as ssh knows it, for its owner alone; no worker, no line."""
+def test_the_printed_lines_copy_the_token(operator, tmp_path, capfd):
+    """Pasted into bash, a line copies the token to a worker, for its owner only. Without workers there is no line."""
     place = tmp_path / "a b/tok'$x"
     (tmp_path / "ssh").write_text(f'#!/bin/sh\nshift; cd {tmp_path}; exec sh -c "$(echo "$*" | sed s,/a,/there/a,g)"\n')
     (tmp_path / "ssh").chmod(0o755)
@@ -270,3 +269,23 @@ def test_the_tokens_lines_copy_it_wherever_it_is(operator, tmp_path, capfd):
     place.unlink()
     token.make_token(resolve.load(shell=shell | {"WORKER_HOSTS": ""}))
     assert "ssh" not in capfd.readouterr().err
+
+
+def test_an_odd_context_of_docker_is_a_sentence(operator, tmp_path):
+    """A context that is missing, and one whose file is corrupt, each end in a sentence."""
+    operator.setenv("DOCKER_CONFIG", str(tmp_path))
+    operator.setenv("DOCKER_CONTEXT", "sparks")
+    with pytest.raises(Exit, match=r"^Docker has no context sparks\. Type: docker context ls$"):
+        engine.client.__wrapped__()
+    folder = tmp_path / "contexts/meta" / hashlib.sha256(b"sparks").hexdigest()
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text("{")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Exit, match=r"^Docker's context cannot be read: .*\. Type: docker ps$"):
+        engine.client.__wrapped__()
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(59, "0 min"), (7199, "119 min"), (7200, "2 h"), (172800, "2 d")])
+def test_an_age_in_words(seconds, words):
+    """Minutes up to two hours, hours up to two days, then days."""
+    assert engine.age_in_words(seconds) == words

@@ -15,6 +15,7 @@ from invoke import Exit
 
 from checks import image, inspection, report
 from cluster import detached, guards, leftovers, server
+from cluster import engine as asked_by_guards
 from cluster.node import Network
 from command import run
 from fleet import down, remote, up
@@ -123,6 +124,8 @@ def site(operator, tmp_path):
         (engine, "node", node),
         (engine, "environment", lambda _: {"MASTER_ADDR": "10.0.0.1", "VLLM_HOST_IP": made.address}),
         (engine, "age", lambda _: "1 min"),
+        (asked_by_guards, "node_container", node),
+        (asked_by_guards, "container_environment", lambda _: {"MASTER_ADDR": "10.0.0.1", "VLLM_HOST_IP": made.address}),
     ):
         operator.setattr(module, name, stub)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *run.ENDINGS)}
@@ -438,6 +441,7 @@ def test_down_is_refused_on_a_worker(status, standing, operator):
     """Whether its container runs or not: its head is where that is typed."""
     standing.address = "10.0.0.2"
     operator.setattr(engine, "node", lambda: SimpleNamespace(status=status))
+    operator.setattr(asked_by_guards, "node_container", lambda: SimpleNamespace(status=status))
     with pytest.raises(Exit, match=r"This node is a worker .* Type it on the head, 10\.0\.0\.1\."):
         down.down(standing.settings)
     assert standing.did == []
@@ -456,6 +460,7 @@ def test_down_asks_by_the_address_that_the_nodes_were_brought_up_with(standing, 
 def test_a_container_of_somebody_elses_is_not_taken_down(typed, standing, operator):
     """One that is called so, and was started by neither task, is a person's question."""
     operator.setattr(engine, "environment", lambda _: {})
+    operator.setattr(asked_by_guards, "container_environment", lambda _: {})
     with pytest.raises(Exit, match=r"was started by neither inv head nor inv worker. To look at it: inv cleanup"):
         typed(standing)
     assert standing.did == []

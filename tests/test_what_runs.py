@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from invoke import Exit
 
-from cluster import image, leftovers, links, node, plan, server
+from cluster import image, links, node, plan, server
 from command import run, template
 from command.command import Command
 from fleet import down, up
@@ -103,7 +103,7 @@ def test_hostile_values_reach_the_programs_as_they_are(value, inv, pasted, calls
     shell |= {"CACHE_DIR": f"/{value}", "SERVE_EXTRA": shlex.join(["--x", value, ""]), "VLLM_FORWARD_VARS": "MINE"}
     pasted(inv("plan --model nemotron", **shell).out)
     seen = calls()
-    _check(plan.commands(_settings("nemotron", sysfs(), **shell)), seen)
+    _check(plan.plan_commands(_settings("nemotron", sysfs(), **shell)), seen)
     assert [env["MINE"] for words, env in seen if words[:2] == ["docker", "run"]] == [value, value]
     (serve,) = (words for words, _ in seen if "vllm" in words)
     assert serve[serve.index("vllm") : serve.index("--host")] == ["vllm", "serve", value, "--served-model-name", value]
@@ -112,7 +112,7 @@ def test_hostile_values_reach_the_programs_as_they_are(value, inv, pasted, calls
 
 @pytest.mark.parametrize(
     ("line", "commands"),
-    [("stop", [server.stop()]), ("cleanup", [leftovers.removal()]), ("health", [health.gpu(), health.gpu_inside()])],
+    [("stop", [server.stop()]), ("cleanup", [node.removal_command()]), ("health", [health.gpu(), health.gpu_inside()])],
 )
 def test_short_commands_paste_as_they_are(line, commands, inv, pasted, calls):
     """The lines of stop, cleanup and health start one program each, and nothing around it."""
@@ -127,7 +127,7 @@ def test_build_image_runs_what_it_prints(inv, pasted, calls, sysfs):
     assert inv("build-image").out == ""
     assert [words for words, _ in calls()] == [words for words, _ in from_paste]
     *asks, (build, env) = from_paste
-    command = image.build(_settings(None, sysfs()))
+    command = image.build_command(_settings(None, sysfs()))
     assert [words for words, _ in asks] == [template.words(lines) for lines in command.asks.values()]
     assert build == command.words
     assert env | dict.fromkeys(command.asks, "said") == env

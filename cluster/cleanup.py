@@ -1,0 +1,37 @@
+"""Cleanup: what earlier runs have left on this node. A person decides whether they were finished."""
+
+import sys
+
+from invoke import Exit
+
+from cluster import engine
+from cluster.command import run, say
+from cluster.guards import port_obstacle
+from cluster.node import RAY_PORT, removal_command
+from cluster.settings import Settings
+
+
+def clean_up(settings: Settings, yes: bool) -> None:
+    """Show what is left, ask, and remove the containers. Raises Exit if there is no terminal to ask at.
+
+    yes: remove without asking.
+    """
+    found = engine.our_containers()
+    for container in found:
+        age, image = engine.container_age(container), engine.container_image(container)
+        say(f"{container.name}: {container.status}, {age} old, image {image}")
+    for program, port in (("Ray", RAY_PORT), ("API", int(settings["PORT"]))):
+        say(f"{program}: {port_obstacle('0.0.0.0', port) or f'port {port} is free'}")
+    if not found:
+        return say("Nothing to remove.")
+    names = [container.name for container in found]
+    if not yes and not _agreed(", ".join(names)):
+        raise Exit("Nothing was removed.")
+    run(removal_command(names), whole=True)
+
+
+def _agreed(names: str) -> bool:
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise Exit(f"There is no terminal to ask at. To remove {names}: inv cleanup --yes")
+    print(f"Did the previous run finish? Remove {names} [y/N]: ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
