@@ -85,7 +85,7 @@ def _check_docker(settings: Settings) -> None:
 
 
 def _wait_for_head(address: str, seconds: int) -> None:
-    said = start = time.monotonic()
+    start = next_remark = time.monotonic()
     while not port_answers(address, RAY_PORT):
         now = time.monotonic()
         if now >= start + seconds:
@@ -93,8 +93,8 @@ def _wait_for_head(address: str, seconds: int) -> None:
                 f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there. If the "
                 "head runs, check the cable and HEAD_NODE_IP."
             )
-        if said == start or now >= said + 5:
-            said = now
+        if now >= next_remark:
+            next_remark = now + 5
             say(f"Waiting for the head at {address}:{RAY_PORT}, {start + seconds - now:.0f} s more.")
         time.sleep(0.3)
 

@@ -148,7 +148,8 @@ def test_a_detached_head_is_a_head(pair):
     """`head --detach` comes back when Ray runs, keeps a log, and is left alone the second time."""
     first = inv(pair[0], "head", "--model", "rehearsal", "--detach")
     assert first.returncode == 0 and containers(pair[0]) == "node-ray running"
-    assert first.stdout.strip() == pair[0].run("docker", "inspect", "--format", "{{.Id}}", "node-ray").stdout.strip()
+    identity = pair[0].run("docker", "inspect", "--format", "{{.Id}}", "node-ray").stdout.strip()
+    assert first.stdout == f"started {identity}\n"
     again = inv(pair[0], "head", "--model", "rehearsal", "--detach")
     assert again.returncode == 0 and again.stdout == "" and "left alone" in again.stderr
     other = inv(pair[0], "head", "--detach")
