@@ -4,6 +4,7 @@ import html
 import http.client
 import json
 import re
+import socket
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -62,20 +63,22 @@ def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds:
     start, parts = time.monotonic(), urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=seconds)
-    connected = threading.Event()
+    reached: set[str] = set()
     answers: list[Answer] = []
 
     def ask() -> None:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         try:
+            socket.getaddrinfo(parts.hostname, parts.port)  # by itself: a silent name server is no silent server
+            reached.add("name")
             connection.connect()
-            connected.set()
+            reached.add("server")
             connection.request("POST" if body else "GET", parts.path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
             answers.append(Answer(answer.status, _read(answer), time.monotonic() - start))
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: such as a chunk of size -5
             text, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
-            answers.append(Answer(None, text, time.monotonic() - start, silent, error, connected.is_set()))
+            answers.append(Answer(None, text, time.monotonic() - start, silent, error, "server" in reached))
         finally:
             connection.close()
 
@@ -83,7 +86,8 @@ def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    late = Answer(None, "timed out", time.monotonic() - start, silent=True, connected=connected.is_set())
+    nameless = None if "name" in reached else socket.gaierror("no name server answers")
+    late = Answer(None, str(nameless or "timed out"), time.monotonic() - start, True, nameless, "server" in reached)
     return answers[0] if answers else late
 
 

@@ -24,7 +24,8 @@ from invoke import Exit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.exceptions import TemplateNotFound, TemplateSyntaxError
 
-ROOT = Path(__file__).resolve().parent.parent
+from cluster.repository import ROOT
+
 SECRETS = ("HF_TOKEN", "VLLM_API_KEY")
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 LOG_BYTES = 64 * 2**20

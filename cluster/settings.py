@@ -17,10 +17,9 @@ from typing import NamedTuple, Self, overload
 
 from invoke import Exit
 
-from cluster.command import printable
+from cluster.command import SECRETS, printable
 from cluster.models import ROOT, Model, file_label, known_models, nearest, read_values
 
-SECRETS = ("HF_TOKEN", "VLLM_API_KEY")
 # These may hold a secret that the operator wrote. A refusal of one does not repeat its value.
 NEVER_SHOWN = (*SECRETS, "SERVE_EXTRA", "WATCH_HOOK")
 # These differ from node to node, or belong to one node. `up` does not pass them on.

@@ -40,7 +40,7 @@ def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses, operat
     """`inv --dry TASK` prints the command lines of the task, and nothing else, to standard output."""
     if line.startswith("worker"):
         addresses["enp1s0f1np1"] = "10.0.0.2"
-    operator.setattr("settings.version.digest", lambda: "SHA256")
+    operator.setattr("cluster.repository.repository_digest", lambda: "SHA256")
     golden(_file(line), inv(f"--dry {line}").out)
 
 

@@ -1,17 +1,17 @@
-"""A worker's task from the head's terminal: what ssh is given, what goes along, what is said when it fails."""
+"""A worker's task from the head's terminal: the words for ssh, the settings that go along, the message if it fails."""
 
 import os
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from invoke import Exit
 
-from command import run
-from fleet import remote
-from settings import models, resolve, version
-from settings.names import NODE_OWN
-from settings.resolve import Settings
+from cluster import repository, up
+from cluster.command import Command
+from cluster.models import find_model
+from cluster.settings import OF_ONE_NODE, ModelSettings, load_settings
 
 KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker"}
 SSH = ["ssh", "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5"]
@@ -48,72 +48,84 @@ OWN = {
 
 @pytest.fixture
 def settled(operator):
-    """Settings of nemotron as the head has them, by what the shell says, and by flags in small letters."""
+    """Makes the settings of nemotron on the head from flags and from the variables of the shell."""
 
-    def settle(flags=None, **shell: str) -> Settings:
-        return resolve.load(models.find("nemotron"), flags or {}, {"HOME": "/home/operator", "ENV_FILE": "", **shell})
+    def settle(flags=None, **shell: str) -> ModelSettings:
+        environment = {"HOME": "/home/operator", "ENV_FILE": "", **shell}
+        return load_settings(find_model("nemotron"), flags or {}, environment)
 
     return settle
 
 
-def there(wanted: remote.Remote) -> list[str]:
-    """The words of a line that the shell on the worker reads."""
-    return shlex.split(wanted.command.words[-1])
+def there(command: Command) -> list[str]:
+    """The words that the shell on the worker reads."""
+    return shlex.split(command.words[-1])
 
 
 def test_every_value_reaches_the_worker_as_it_is(settled, tmp_path):
-    """Through ssh a real shell reads it once more: words and variables arrive unchanged, and nothing else happens."""
+    """The shell on the worker reads the line once more. Words and variables arrive unchanged, and nothing else runs."""
     folder = tmp_path / "a spark's $(touch pwned); touch pwned"
     folder.mkdir()
     (folder / "inv").write_text('#!/bin/sh\n{ printf "%s\\0" "$@" "" ""; env -0; } >called\n')
     (folder / "inv").chmod(0o755)
-    wanted = remote.worker(settled(**HOSTILE, **KEYS, VLLM_FORWARD_VARS="MINE", REPO_DIR=f"~/{folder.name}"), "spark-2")
-    assert wanted.command.words[:-1] == [*SSH, "spark-2"]
+    wanted = up.worker_up_command(
+        settled(**HOSTILE, **KEYS, VLLM_FORWARD_VARS="MINE", REPO_DIR=f"~/{folder.name}"), "spark-2"
+    )
+    assert wanted.words[:-1] == [*SSH, "spark-2"]
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    subprocess.run(["bash", "-c", wanted.command.words[-1]], cwd=tmp_path, env=env, check=True)
+    subprocess.run(["bash", "-c", wanted.words[-1]], cwd=tmp_path, env=env, check=True)
     called, found = (tmp_path / "called").read_text().split("\0\0\0")
-    typed = ["worker", "--detach", "--model", "nemotron", "--head-ip", "10.0.0.1", "--repository", version.digest()]
+    typed = [
+        "worker",
+        "--detach",
+        "--model",
+        "nemotron",
+        "--head-ip",
+        "10.0.0.1",
+        "--repository",
+        repository.repository_digest(),
+    ]
     assert (called.split("\0"), {file.name for file in tmp_path.iterdir()}) == (typed, {folder.name, "called"})
     variables = dict(item.split("=", 1) for item in found.split("\0") if item)
     assert HOSTILE.items() <= variables.items() and KEYS.keys().isdisjoint(variables)
 
 
 def test_down_there_is_the_same_task(settled):
-    """Only for this head's own nodes."""
-    wanted = remote.down(settled(REPO_DIR="/opt/spark", **KEYS), "me@spark-2", "10.0.0.9")
-    assert wanted.command.words == [*SSH, "me@spark-2", "/opt/spark/inv down --here --head-ip 10.0.0.9"]
-    assert wanted.task == "inv down --here --head-ip 10.0.0.9"
+    """The worker removes only a node of this head."""
+    wanted = up.worker_down_command(settled(REPO_DIR="/opt/spark", **KEYS), "me@spark-2", "10.0.0.9")
+    assert wanted.words == [*SSH, "me@spark-2", "/opt/spark/inv down --here --head-ip 10.0.0.9"]
+    assert wanted.alias == "me@spark-2: `inv down --here --head-ip 10.0.0.9`"
 
 
 @pytest.mark.parametrize("name", ["SERVED_NAME", "REPO_DIR", "MODEL_CKPT"])
 def test_a_value_of_two_lines_goes_nowhere(name, settled):
-    """A line end would be a second command there; it is refused with the name of its setting."""
+    """A line end would begin a second command on the worker. The message names the setting."""
     with pytest.raises(Exit, match=f"{name} "):
         settled(**{name: "a\ntouch pwned"})
 
 
 def test_what_shell_and_flags_say_is_handed_on(settled, env_file):
-    """As they say it, set but empty too; what is in `.env` or a profile is each node's own."""
+    """Values go unchanged, also those set but empty. Values from `.env` or a profile stay: the worker has its own."""
     env_file.write_text("MAX_NUM_SEQS=7\nKV_CACHE_DTYPE=auto\n")
     shell = {"NCCL_DEBUG": "", "MAX_MODEL_LEN": "1M", "KV_CACHE_DTYPE": "fp8", "HEAD_NODE_IP": "10.0.0.9"}
     found = settled({"MAX_MODEL_LEN": "256K"}, **shell, ENV_FILE=str(env_file))
     assert found["MAX_NUM_SEQS"] == "7"
-    asked = there(remote.worker(found, "spark-2"))
+    asked = there(up.worker_up_command(found, "spark-2"))
     *given, inv = asked[: asked.index("worker")]
     assert given == ["env", "KV_CACHE_DTYPE=fp8", "MAX_MODEL_LEN=256K", "NCCL_DEBUG="] and inv.endswith("/inv")
 
 
 def test_what_is_one_nodes_own_stays_here(settled):
-    """Addresses, folders and the place of the repository are the worker's to know; a secret is nobody's."""
-    assert OWN.keys() == set(NODE_OWN)
+    """Addresses, folders and the repository's place differ from node to node. Secrets never go."""
+    assert OWN.keys() == set(OF_ONE_NODE)
     found = settled(**OWN, **KEYS)
     assert {found.origin(name) for name in (*OWN, *KEYS)} == {"shell"}
-    assert there(remote.worker(found, "spark-2"))[:2] == ["env", "mine/inv"]
+    assert there(up.worker_up_command(found, "spark-2"))[:2] == ["env", "mine/inv"]
 
 
 @pytest.mark.parametrize("line", ["up --model nemotron", "down"])
 def test_no_secret_is_in_what_is_run_or_said(line, inv, env_file):
-    """From shell or `.env`: neither in a command of `up` or `down`, nor in anything that they say."""
+    """Neither commands nor messages of `up` and `down` hold a secret from the shell or from `.env`."""
     env_file.write_text("HF_TOKEN=hf_marker\n")
     said = inv(f"--dry {line}", VLLM_API_KEY="sk_marker", WORKER_HOSTS="spark-2")
     assert said.code == 0 and "\n  spark-2 \\\n" in said.out
@@ -123,7 +135,7 @@ def test_no_secret_is_in_what_is_run_or_said(line, inv, env_file):
 @pytest.mark.parametrize(
     ("said", "inv"),
     [
-        (None, f"{models.ROOT}/inv"),
+        (None, f"{repository.ROOT}/inv"),
         ("/opt/spark", "/opt/spark/inv"),
         ("/opt/spark/", "/opt/spark/inv"),
         ("~/git/spark", "git/spark/inv"),
@@ -131,56 +143,64 @@ def test_no_secret_is_in_what_is_run_or_said(line, inv, env_file):
     ],
 )
 def test_where_the_repository_is_there(said, inv, settled):
-    """In this one's own folder, or in REPO_DIR: absolute, or from the home that ssh starts in."""
-    wanted = remote.down(settled(**({"REPO_DIR": said} if said else {})), "spark-2", "10.0.0.1")
+    """In the same folder as here, or in REPO_DIR: absolute, or below the home folder, where ssh starts."""
+    wanted = up.worker_down_command(settled(**({"REPO_DIR": said} if said else {})), "spark-2", "10.0.0.1")
     assert there(wanted)[0] == inv
 
 
 def test_a_repository_that_is_the_home_itself(settled):
-    """A folder, so that the shell there runs a file in it, and asks no PATH."""
-    asked = [remote.down(settled(REPO_DIR=said), "spark-2", "10.0.0.1") for said in ("~", "~/", ".", "./")]
+    """`./inv` is the file in that folder; `inv` would be looked for on the PATH."""
+    asked = [up.worker_down_command(settled(REPO_DIR=said), "spark-2", "10.0.0.1") for said in ("~", "~/", ".", "./")]
     assert {there(wanted)[0] for wanted in asked} == {"./inv"}
 
 
 @pytest.mark.parametrize("said", ["/opt/a=b", "=", "-x", ""])
 def test_a_repository_that_env_would_misread_is_refused(said, settled):
-    """What `env` is given after the variables is a command: neither another variable nor an option."""
+    """`env` takes the first word that is no variable and no option for the program."""
     with pytest.raises(Exit, match=r"^REPO_DIR \(shell\) is .*; it takes a folder without an equals sign"):
         settled(REPO_DIR=said)
 
 
+def test_a_checkout_that_env_would_misread_is_refused(settled, monkeypatch):
+    """`env` on the worker would take /opt/a=b/inv for a variable, and `worker` for a program."""
+    monkeypatch.setattr(repository, "ROOT", Path("/opt/a=b"))
+    with pytest.raises(Exit, match=r"^/opt/a=b has an equals sign, .* set REPO_DIR"):
+        up.worker_down_command(settled(), "spark-2", "10.0.0.1")
+    assert there(up.worker_down_command(settled(REPO_DIR="/opt/spark"), "spark-2", "10.0.0.1"))[0] == "/opt/spark/inv"
+
+
 def test_the_workers_are_hosts_or_else_addresses(settled):
-    """WORKER_HOSTS as ssh knows them, empty is none; without it WORKER_IP; as many as the model needs."""
-    assert remote.needed(settled(WORKER_IP="10.0.0.2,10.0.0.3")) == ["10.0.0.2"]
-    assert remote.needed(settled(WORKER_HOSTS="me@spark-2,spark-3.local")) == ["me@spark-2"]
-    assert remote.needed(settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2", PP_SIZE="2")) == ["a", "b", "c"]
-    assert remote.needed(settled(WORKER_HOSTS="", TP_SIZE="1")) == []
+    """WORKER_HOSTS has the names for ssh, and may be empty. Without it WORKER_IP counts."""
+    assert up.workers_needed(settled(WORKER_IP="10.0.0.2,10.0.0.3")) == ["10.0.0.2"]
+    assert up.workers_needed(settled(WORKER_HOSTS="me@spark-2,spark-3.local")) == ["me@spark-2"]
+    assert up.workers_needed(settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2", PP_SIZE="2")) == ["a", "b", "c"]
+    assert up.workers_needed(settled(WORKER_HOSTS="", TP_SIZE="1")) == []
     assert settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2").workers() == ["a", "b", "c", "d"]
 
 
 def test_a_worker_that_is_named_twice_is_one(settled):
-    """Two lines to one host would be one node too few, and two who take it down."""
+    """A host named twice would leave the model one node short."""
     assert settled(WORKER_HOSTS="b,a,b").workers() == ["b", "a"]
     with pytest.raises(Exit, match=r"needs 2 workers .* names 1: a"):
-        remote.needed(settled(WORKER_HOSTS="a,a", TP_SIZE="3"))
+        up.workers_needed(settled(WORKER_HOSTS="a,a", TP_SIZE="3"))
 
 
 @pytest.mark.parametrize(
     ("shell", "said"),
     [
-        ({"WORKER_HOSTS": ""}, "needs 1 workers .* WORKER_HOSTS .shell. names 0: none. Set it in .env"),
-        ({"TP_SIZE": "4"}, "needs 3 workers .* WORKER_IP .default. names 1: 10.0.0.2. Set it in .env"),
+        ({"WORKER_HOSTS": ""}, "needs 1 workers .*WORKER_HOSTS .shell. names 0: none. Set it in .env"),
+        ({"TP_SIZE": "4"}, "needs 3 workers .*WORKER_IP .default. names 1: 10.0.0.2. Set it in .env"),
     ],
 )
 def test_too_few_workers_are_refused(shell, said, settled):
-    """Before anything starts, with how many there should be, and where those were named."""
+    """Before anything starts. The message has the number needed, and the setting that names them."""
     with pytest.raises(Exit, match=said):
-        remote.needed(settled(**shell))
+        up.workers_needed(settled(**shell))
 
 
 @pytest.mark.parametrize("hosts", ["-oProxyCommand", "spark-2,-v", "a b", "a;b", "$(id)", "a,,b", ",", "a\n"])
 def test_a_host_that_ssh_would_misread_is_refused(hosts, inv):
-    """What begins with a dash would be an option of ssh."""
+    """A host that begins with a dash would be an option of ssh."""
     said = inv("--dry down", WORKER_HOSTS=hosts)
     assert said.code and said.out == "" and "it takes ssh destinations, comma separated" in said.err
 
@@ -188,26 +208,23 @@ def test_a_host_that_ssh_would_misread_is_refused(hosts, inv):
 @pytest.mark.parametrize(
     ("status", "last", "hint"),
     [
-        (255, "Permission denied (publickey).", "That is ssh's own status. Type: ssh -v spark-2 true"),
-        (127, "env: 'x/inv': No such file or directory", "Clone it to the same folder, or say where it is: REPO_DIR"),
+        (255, "Permission denied (publickey).", "That is the status of ssh itself. Type: ssh -v spark-2 true"),
+        (127, "env: 'x/inv': No such file or directory", "Clone it to the same folder, or set REPO_DIR in .env"),
         (126, "env: 'x/inv': Permission denied", "Is this repository there?"),
         (1, "No idea what '--repository' is!", "The repository there is another version. On spark-2, in it: git pull"),
         (1, "The engine is down.", None),
         (2, "", None),
     ],
 )
-def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled, monkeypatch):
-    """And, where the status tells more, what to do; the status stays what it was."""
-
-    def told(command, who, seconds):
-        assert seconds == 7
-        raise Exit(last, code=status)
-
-    monkeypatch.setattr(run, "told", told)
+def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled, tmp_path, operator, capfd):
+    """Where the status tells more, the message says what to do. The status is passed on."""
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\nprintf %s {shlex.quote(last)} >&2; exit {status}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(Exit) as failed:
-        remote.run_there(remote.down(settled(), "spark-2", "10.0.0.1"), 7)
-    lines = failed.value.message.splitlines()
-    task = "inv down --here --head-ip 10.0.0.1"
-    assert lines[0] == f"spark-2: `{task}` failed with status {status}. Its last lines:"
-    assert lines[1] == f"  {last or '(it said nothing)'}" and failed.value.code == status
-    assert len(lines) == 2 + bool(hint) and (hint is None or hint in lines[2])
+        up._run_there("spark-2", up.worker_down_command(settled(), "spark-2", "10.0.0.1"), 7)
+    first, *lines = failed.value.message.splitlines()
+    assert first.rstrip(":.") == f"spark-2: `inv down --here --head-ip 10.0.0.1` failed with status {status}"
+    assert failed.value.code == status and lines[:1] == ([f"  {last}"] if last else [])
+    assert len(lines) == bool(last) + bool(hint) and (hint is None or hint in lines[-1])
+    assert capfd.readouterr() == ("", f"spark-2 | {last}\n" if last else "")

@@ -1,6 +1,6 @@
-"""All nodes from the head: what `up` starts and in which order, what it takes down when a step fails, what `down` does.
+"""All nodes from the head: what `up` starts, in which order, what it takes down if a step fails, and what `down` does.
 
-Docker, ssh and the other nodes are made up here; the stand-in Sparks of tests/rehearsal have real ones.
+Docker, ssh and the other nodes are stubs here. tests/rehearsal has real ones.
 """
 
 import errno
@@ -13,51 +13,52 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from checks import image, inspection, report
-from cluster import detached, guards, leftovers, server
-from cluster import engine as asked_by_guards
+from checks import image
+from cluster import check, engine, guards, load, node, recorder, repository, server, up
+from cluster.command import ENDINGS, held, run
+from cluster.models import find_model
 from cluster.node import Network
-from command import run
-from fleet import down, remote, up
-from host import engine, ports
-from settings import models, resolve, version
-from vitals import load, recorded, served
-from vitals.recorded import Recorded
+from cluster.recorder import Recorded
+from cluster.settings import load_settings
+from host import ports
+from vitals import served
 
 ID = "0123456789abcdef" * 4
 NET = Network("10.0.0.1", ("rocep1s0f0",), ("enp1s0f0np0",))
 # Beside the head: `old` was up before, `new` is brought up.
 SHELL = {"WORKER_HOSTS": "old,new", "TP_SIZE": "3", "HF_TOKEN": "hf", "VLLM_API_KEY": "sk", "ENV_FILE": ""}
-UP = ["new up", "old up", "copy recorder", "server", "recorder", "follow"]
-ALL = ["folders", "head", *UP]
-TOLD = run.told
+ALL = ["head", "new up", "old up", "prepare", "server", "recorder", "follow"]
 
 
 class Site:
-    """A head and its workers: `did` is what was done, in order; a test changes what is there, and what a step does."""
+    """A head and its workers. `did` lists the steps in order; a test sets what is up already, and what a step does."""
 
     def __init__(self, settings):
         self.settings, self.did = settings, []
-        self.head, self.address = False, "10.0.0.1"
+        self.head, self.env = False, ["MASTER_ADDR=10.0.0.1", "VLLM_HOST_IP=10.0.0.1"]
         self.serving = self.seen = None
         self.came = threading.Event()
-        self.steps, self.workers = {}, {"old": "", "new": f"Welcome!\n{ID}"}
+        self.steps, self.workers = {}, {"old": "", "new": f"Welcome!\nstarted {ID}\nGood bye"}
 
     def step(self, name, *_, **__):
-        """Note it, and do what a test says that happens then."""
+        """Note the step, then do what the test has set for it."""
         self.did.append(name)
         return self.steps.get(name, lambda: None)()
 
     def stands(self):
-        """All of it is up, and the server has the line that is asked for."""
+        """Head, workers and server are up, and the server has the line that is asked for."""
         self.head, self.workers = True, {"old": "", "new": ""}
-        self.serving = SimpleNamespace(alive=True, words=server.words(self.settings), since=7)
+        self.serving = SimpleNamespace(alive=True, words=server.serve_words(self.settings), since=7)
         self.seen = Recorded(1, {"10.0.0.1": None}, {})
+
+    def container(self, status="running"):
+        """The node's container, as the Docker SDK has it."""
+        return SimpleNamespace(status=status, id=ID, attrs={"Config": {"Env": self.env}})
 
     def up(self, keep=False, fabric=False):
         """Type `inv up`."""
         self.came.clear()
-        up.up(self.settings, NET, (), keep, fabric)
+        up.bring_up(self.settings, NET, (), keep, fabric)
 
     def fails(self, name, text="it failed", code=1):
         """Have this step fail."""
@@ -73,75 +74,86 @@ class Site:
 
     @property
     def undone(self):
-        """What was taken down again, in order of names where it happens at once."""
+        """Everything that was taken down, sorted, because some of it happens at the same time."""
         return sorted({*self.did} & {"stop", "remove", "old down", "new down"})
 
 
 @pytest.fixture
 def site(operator, tmp_path):
-    """Nothing is up but the worker `old`; who hears which signal is afterwards as it was."""
-    settings = resolve.load(models.find("nemotron"), {}, SHELL | {"CACHE_DIR": str(tmp_path)})
+    """Only the worker `old` is up. Signal handlers are restored afterwards."""
+    settings = load_settings(find_model("nemotron"), {}, SHELL | {"CACHE_DIR": str(tmp_path)})
     made = Site(settings)
-    names = {tuple(server.stop().words): "stop", tuple(leftovers.removal().words): "remove"}
-    names |= {tuple(server.start(settings).words): "server", tuple(server.recorder(settings).words): "recorder"}
-    names |= {tuple(server.recorder_there().words): "copy recorder"}
+    names = {tuple(server.stop_command().words): "stop", tuple(node.removal_command().words): "remove"}
 
-    def told(command, who, seconds):
-        if "worker --detach" not in command.words[-1]:
-            return made.step(f"{who} down")
-        # All are at it at once; what a test reads has an order.
-        assert who != "old" or made.came.wait(5)
+    def runs(command, *, heard=None, **_):
+        if heard is None:
+            return made.step(names.get(tuple(command.words), "recorder"))
         try:
-            made.step(f"{who} up")
+            return there(heard, "up" if "worker --detach" in command.words[-1] else "down")
+        except Exit as error:
+            raise Exit(f"{command.alias} failed:\n  {error.message}", code=error.code) from None
+
+    def there(host, task):
+        if task == "down":
+            return made.step(f"{host} down")
+        # The workers come up at the same time. The tests read them in an order.
+        assert host != "old" or made.came.wait(5)
+        try:
+            made.step(f"{host} up")
         finally:
             made.came.set()
-        return made.workers[who]
+        return made.workers[host]
 
-    def node():
-        return SimpleNamespace(status="running", id=ID) if made.head or "head" in made.did else None
+    def bring_node_up(*_):
+        return None if made.head else made.step("head") or ID
+
+    def begin(_, started):
+        with held():
+            made.step("server")
+            started()
+            made.step("recorder")
+
+    def container():
+        return made.container() if made.head or "head" in made.did else None
 
     found = SimpleNamespace(settings=settings, nodes=[SimpleNamespace(address="10.0.0.1")], findings=[])
     for module, name, stub in (
-        (version, "digest", lambda: "SHA256"),
-        (detached, "runs_already", lambda _: made.head),
-        (detached, "start", lambda _: made.step("head")),
-        (guards, "before_head", lambda *_: None),
+        (repository, "repository_digest", lambda: "SHA256"),
+        (node, "bring_node_up", bring_node_up),
         (guards, "before_launch", lambda _: None),
         (guards, "the_head", lambda _: None),
         (guards, "running_node", lambda _: None),
         (guards, "is_serving", lambda _: made.serving is not None or "server" in made.did),
-        (run, "run", lambda _: made.step("folders")),
-        (run, "run_whole", lambda command: made.step(names[tuple(command.words)])),
-        (run, "told", told),
-        (inspection, "inspect", lambda *_: found),
-        (inspection, "gated", lambda settings, *_: (settings, (), ())),
+        (up, "run", runs),
+        (check, "inspect", lambda *_: found),
+        (check, "gated", lambda settings, *_: (settings, (), ())),
         (image, "known", lambda *_: None),
-        (report, "tell", lambda *_: None),
-        (server, "prepare", lambda _: None),
+        (check, "tell_inspection", lambda *_: None),
+        (server, "prepare", lambda _: made.step("prepare")),
+        (server, "begin", begin),
         (served, "ask", lambda _: made.serving),
-        (recorded, "read", lambda _: made.seen),
-        (load, "follow", lambda *_, **__: made.step("follow")),
-        (engine, "node", node),
-        (engine, "environment", lambda _: {"MASTER_ADDR": "10.0.0.1", "VLLM_HOST_IP": made.address}),
-        (engine, "age", lambda _: "1 min"),
-        (asked_by_guards, "node_container", node),
-        (asked_by_guards, "container_environment", lambda _: {"MASTER_ADDR": "10.0.0.1", "VLLM_HOST_IP": made.address}),
+        (recorder, "read_recorded", lambda _: made.seen),
+        (load, "follow_load", lambda *_, **__: made.step("follow")),
+        (engine, "node_container", container),
+        (engine, "container_age", lambda _: "1 min"),
     ):
         operator.setattr(module, name, stub)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *run.ENDINGS)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
+    # Under nohup SIGHUP is inherited as ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield made
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_up_starts_all_of_it_in_order(site):
-    """Head, then the workers, then, all of them up, the server between its recorder's files and its recorder."""
+    """The head, the workers, and when all of them are up, the server and its recorder."""
     site.up()
     assert site.did == ALL and site.undone == []
 
 
 def test_what_is_up_is_left_alone(site):
-    """A server with this line, too: only its load is waited for, and a failure there takes nothing down."""
+    """A server with this line too: `up` only waits for its load, and a failure there takes nothing down."""
     site.stands()
     site.up()
     assert site.did == ["new up", "old up", "follow"]
@@ -153,23 +165,23 @@ def test_what_is_up_is_left_alone(site):
 
 @pytest.mark.parametrize("age", [None, 60, -60])
 def test_a_recorder_that_has_stopped_is_started_again(age, site):
-    """Beside the server, which is left alone."""
+    """The server is left alone."""
     site.stands()
     site.seen = None if age is None else Recorded(age, {"10.0.0.1": None}, {})
     site.up()
-    assert site.did == ["new up", "old up", "copy recorder", "recorder", "follow"]
+    assert site.did == ["new up", "old up", "recorder", "follow"]
 
 
 def test_a_server_that_has_the_gpus_is_not_proved_past(site):
-    """`--fabric` on a cluster that serves is refused, not left out in silence."""
+    """`--fabric` on a cluster that serves is refused instead of silently left out."""
     site.stands()
-    with pytest.raises(Exit, match=r"--fabric cannot be proved. Type: inv stop; or leave --fabric out"):
+    with pytest.raises(Exit, match=r"--fabric needs the GPUs, .* Type: inv stop; or leave --fabric out"):
         site.up(fabric=True)
     assert site.undone == []
 
 
 def test_a_second_up_at_the_same_time_is_refused(site):
-    """Nothing of the first is touched, which goes on; afterwards another may be typed."""
+    """The first goes on. When it has ended, `up` may be typed again."""
     refused = []
 
     def second():
@@ -186,7 +198,7 @@ def test_a_second_up_at_the_same_time_is_refused(site):
 
 
 def test_a_folder_that_cannot_be_written_starts_nothing(site, tmp_path):
-    """With what to look at."""
+    """The message says what to type."""
     (tmp_path / "node-ray").write_text("a file where the folder should be")
     with pytest.raises(Exit, match=r"up.lock cannot be written: .*\. Type: ls -ld /"):
         site.up()
@@ -194,8 +206,8 @@ def test_a_folder_that_cannot_be_written_starts_nothing(site, tmp_path):
 
 
 @pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "remove"])])
-def test_a_server_that_could_not_start_stops_nobodys(there, undone, site):
-    """Somebody else's has the lock then: only nodes that this run has brought up are taken down."""
+def test_a_server_that_could_not_start_stops_no_other_server(there, undone, site):
+    """Another server may run there. Only nodes that this run has brought up are taken down."""
     site.head = there
     site.fails("server", "a server runs here already")
     with pytest.raises(Exit, match="a server runs here already"):
@@ -204,25 +216,25 @@ def test_a_server_that_could_not_start_stops_nobodys(there, undone, site):
 
 
 def test_a_head_that_could_not_start_is_not_removed(site):
-    """Its container is gone, or is somebody's who was faster; no worker was asked."""
+    """Its container is gone, or another task has started it. No worker is asked."""
     site.fails("head", "node-ray ended with status 125")
     with pytest.raises(Exit, match="node-ray ended with status 125"):
         site.up()
-    assert site.did == ["folders", "head"]
+    assert site.did == ["head"]
 
 
 @pytest.mark.parametrize("where", ["server", "recorder", "follow"])
 def test_a_terminal_that_is_lost_takes_nothing_down(where, site):
-    """From when the server has started on: it goes on loading, guarded, and the next `up` waits for it."""
+    """Once the server has started, it goes on loading with its recorder. The next `up` waits for it."""
     site.signals(where, signal.SIGHUP)
     with pytest.raises(SystemExit) as ended:
         site.up()
     assert ended.value.code == 129 and site.undone == [] and {"server", "recorder"} <= {*site.did}
 
 
-@pytest.mark.parametrize("reason", [OSError(errno.EIO, "Input/output error"), Exit("Nobody reads it any more")])
+@pytest.mark.parametrize("reason", [OSError(errno.EIO, "Input/output error"), Exit("Standard error is closed")])
 def test_what_fails_for_a_lost_terminal_takes_nothing_down(reason, site):
-    """Whoever writes to it while the hang-up goes through fails in its place, whether it says of what or not."""
+    """A write to the lost terminal may fail while SIGHUP is handled. The server goes on loading all the same."""
 
     def lost():
         try:
@@ -238,15 +250,15 @@ def test_what_fails_for_a_lost_terminal_takes_nothing_down(reason, site):
 
 @pytest.mark.parametrize(
     ("where", "number", "code"),
-    [("folders", signal.SIGHUP, 129), ("copy recorder", signal.SIGHUP, 129), ("follow", signal.SIGTERM, 143)],
+    [("head", signal.SIGHUP, 129), ("prepare", signal.SIGHUP, 129), ("follow", signal.SIGTERM, 143)],
 )
-def test_another_end_takes_down_what_was_started(where, number, code, site):
-    """A hang-up before the server has started, or a SIGTERM: what this run has brought up until then."""
+def test_a_signal_takes_down_what_was_started(where, number, code, site):
+    """SIGHUP before the server has started, or SIGTERM at any time."""
     site.signals(where, number)
     with pytest.raises(SystemExit) as ended:
         site.up()
     assert ended.value.code == code
-    assert site.undone == ([] if where == "folders" else ["new down", "remove"])
+    assert site.undone == ([] if where == "head" else ["new down", "remove"])
 
 
 def test_a_hang_up_that_is_ignored_stays_so(site):
@@ -257,17 +269,8 @@ def test_a_hang_up_that_is_ignored_stays_so(site):
     assert site.did == ALL and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_end_while_the_server_starts_waits_for_its_recorder(number, site):
-    """It must not load unguarded."""
-    site.signals("server", number)
-    with pytest.raises((Exit, SystemExit)):
-        site.up()
-    assert site.did[: len(ALL) - 1] == ALL[:-1]
-
-
 def test_ctrl_c_waits_for_the_workers(site):
-    """Only when they have come back it is known which of them has to be taken down; a second one cuts nothing short."""
+    """`up` must know which workers it has started before it takes them down. A second Ctrl-C changes nothing."""
 
     def pressed():
         time.sleep(0.02)  # until they are waited for
@@ -287,7 +290,7 @@ def test_ctrl_c_waits_for_the_workers(site):
 
 
 def test_a_server_of_this_runs_own_is_stopped(site):
-    """Where the head was up before: else it goes with the head's container."""
+    """If the head was up before. Otherwise the server ends with the head's container."""
     site.head = True
     site.fails("follow", "STUCK in weights")
     with pytest.raises(Exit, match="STUCK"):
@@ -297,7 +300,7 @@ def test_a_server_of_this_runs_own_is_stopped(site):
 
 @pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "remove"])])
 def test_a_worker_that_fails_takes_down_what_this_run_started(there, undone, site):
-    """The head and the other workers, and not those that were up before; it says which node failed, and why."""
+    """The head and the other workers, but not nodes that were up before. The message names the node that failed."""
     site.head = there
     site.fails("old up", "The engine is down.")
     with pytest.raises(Exit, match=r"^old: `inv worker .*\n  The engine is down\.$"):
@@ -306,7 +309,7 @@ def test_a_worker_that_fails_takes_down_what_this_run_started(there, undone, sit
 
 
 def test_all_workers_that_fail_are_named(site):
-    """With one line typed all of it can be mended."""
+    """One run shows everything that has to be mended."""
     site.fails("old up", "no image")
     site.fails("new up", "no docker")
     with pytest.raises(Exit, match=r"(?s)^old: .*no image.*\nnew: .*no docker"):
@@ -314,9 +317,9 @@ def test_all_workers_that_fail_are_named(site):
     assert site.undone == ["remove"]
 
 
-@pytest.mark.parametrize("code", [remote.UNREACHED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
-def test_a_worker_that_may_be_somebodys_is_left(code, site):
-    """Beside a head that was up before, who lost sight of a worker half way does not know whose it is."""
+@pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
+def test_a_worker_that_may_be_of_another_run_is_left(code, site):
+    """The head was up before. If the connection broke, nobody knows which run has started the worker."""
     site.head = True
     site.fails("new up", "Broken pipe", code)
     with pytest.raises(Exit, match="Broken pipe"):
@@ -324,25 +327,25 @@ def test_a_worker_that_may_be_somebodys_is_left(code, site):
     assert site.undone == []
 
 
-def test_a_worker_that_was_lost_sight_of_goes_with_its_head(site):
-    """The head is this run's own, and so is whatever has come up for it."""
-    site.fails("new up", "Broken pipe", remote.UNREACHED)
+def test_a_worker_whose_connection_broke_goes_with_its_head(site):
+    """This run has started the head, so a worker that came up for it is this run's too."""
+    site.fails("new up", "Broken pipe", up.SSH_FAILED)
     with pytest.raises(Exit, match="Broken pipe"):
         site.up()
     assert site.undone == ["new down", "remove"]
 
 
 def test_a_worker_that_took_too_long_goes_with_its_head(site):
-    """It may come up yet: only ssh was given up here."""
+    """Only ssh was killed here. The worker may still come up."""
     site.fails("new up", "given up", 128 + signal.SIGKILL)
     with pytest.raises(Exit, match="given up"):
         site.up()
     assert site.undone == ["new down", "remove"]
 
 
-@pytest.mark.parametrize("said", ["", "no id", ID[:12], f"{ID}\nGood bye", f"{ID}0", ID.upper(), f"id {ID}"])
-def test_only_an_id_in_the_last_line_is_a_node_that_was_started(said, site):
-    """Whatever a login prints there: a node that nobody here has started is not taken down."""
+@pytest.mark.parametrize("said", ["", "started", ID, f"started {ID[:12]}", f"started {ID}0", f"has started {ID}"])
+def test_only_a_worker_that_says_so_was_started(said, site):
+    """A login may print anything else. A node that this run has not started is not taken down."""
     site.workers["new"] = said
     site.fails("follow")
     with pytest.raises(Exit):
@@ -352,7 +355,7 @@ def test_only_an_id_in_the_last_line_is_a_node_that_was_started(said, site):
 
 @pytest.mark.parametrize("where", ["old up", "server", "follow"])
 def test_keep_leaves_everything(where, site, capsys):
-    """What has started stays, and how to take it down is said."""
+    """What has started stays, and the message says how to take it down."""
     site.fails(where)
     with pytest.raises(Exit, match="it failed"):
         site.up(keep=True)
@@ -360,16 +363,16 @@ def test_keep_leaves_everything(where, site, capsys):
 
 
 def test_what_cannot_be_taken_down_hides_no_reason(site, capsys):
-    """The other nodes go, and what failed at first is what is said last."""
+    """The other nodes are taken down. The last message is why `up` failed."""
     site.fails("follow", "STUCK in weights")
-    site.fails("new down", "No route to host", remote.UNREACHED)
+    site.fails("new down", "No route to host", up.SSH_FAILED)
     with pytest.raises(Exit, match="STUCK in weights"):
         site.up()
     assert site.undone == ["new down", "remove"] and "new: `inv down" in capsys.readouterr().err
 
 
 def test_a_head_that_cannot_be_taken_down_hides_no_reason(site):
-    """Nor does its own container."""
+    """The last message is why `up` failed."""
     site.fails("follow", "STUCK in weights")
     site.fails("remove", "docker rm failed")
     with pytest.raises(Exit, match="STUCK in weights"):
@@ -378,97 +381,103 @@ def test_a_head_that_cannot_be_taken_down_hides_no_reason(site):
 
 @pytest.fixture
 def standing(site):
-    """All of it is up."""
+    """A site where everything is up."""
     site.stands()
     return site
 
 
 def test_down_takes_down_all_of_it(standing, capsys):
     """The server first, then every node at once."""
-    down.down(standing.settings)
+    up.take_down(standing.settings)
     assert standing.did[0] == "stop" and sorted(standing.did[1:]) == ["new down", "old down", "remove"]
     assert "node-ray was removed (running, 1 min old)." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["is_serving", "stop"])
 def test_a_server_that_cannot_be_stopped_keeps_no_node_up(what, standing, operator, capsys):
-    """Nor does one that cannot be asked: it goes with its node, and that is said and no failure."""
+    """The server ends with its node. That is said, and is no failure."""
     standing.fails("stop", "the server does not go")
     if what == "is_serving":
         operator.setattr(guards, "is_serving", lambda _: standing.step("stop"))
-    down.down(standing.settings)
+    up.take_down(standing.settings)
     assert standing.undone == ["new down", "old down", "remove", "stop"]
     assert "the server does not go" in capsys.readouterr().err
 
 
 def test_a_worker_that_is_not_reached_is_named_at_the_end(standing):
-    """All others are down by then, and what to say of a head without workers is told."""
-    standing.fails("old down", "No route to host", remote.UNREACHED)
+    """The other nodes are down by then. The message says what to set for a head without workers."""
+    standing.fails("old down", "No route to host", up.SSH_FAILED)
     with pytest.raises(
-        Exit, match=r"(?s)^old: .*These nodes may still be up, the others are down.*WORKER_HOSTS=$"
+        Exit, match=r"(?s)^old: .*These nodes may still be up; the others are down.*WORKER_HOSTS= in .env\.$"
     ) as no:
-        down.down(standing.settings)
+        up.take_down(standing.settings)
     assert "new" not in no.value.message and standing.undone == ["new down", "old down", "remove", "stop"]
 
 
 def test_a_worker_that_does_not_answer_in_time_is_named(standing, operator, tmp_path):
-    """A host that hangs keeps neither the head nor another worker up."""
+    """A host that hangs does not keep the head or another worker up."""
     (tmp_path / "ssh").write_text('#!/bin/sh\ncase "$*" in *" old "*) exec sleep 60 ;; esac\n')
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    operator.setattr(run, "told", TOLD)
-    operator.setattr(down, "THERE_S", 0.03)
+    runs = up.run
+    operator.setattr(up, "run", lambda command, **how: (run if "heard" in how else runs)(command, **how))
+    operator.setattr(up, "REMOVE_S", 0.03)
     with pytest.raises(Exit, match=r"(?s)^old: .*did not end within 0 s and was killed\.\n.*may still be up"):
-        down.down(standing.settings)
+        up.take_down(standing.settings)
     assert "remove" in standing.did
 
 
-def test_down_is_refused_where_nothing_is_the_heads(site, operator):
-    """Another host would ask every worker to go; where the head's container is gone, its address tells."""
+def test_down_is_refused_on_a_host_that_is_not_the_head(site, operator):
+    """Another host must not take the workers down. Without a container, the host's address decides."""
     operator.setattr(ports, "is_mine", lambda address: address != "10.0.0.1")
     with pytest.raises(
         Exit, match=r"This host is not the head: HEAD_NODE_IP \(default\) is 10\.0\.0\.1\. Type it there"
     ):
-        down.down(site.settings)
+        up.take_down(site.settings)
     assert site.did == []
     operator.setattr(ports, "is_mine", lambda address: address == "10.0.0.1")
-    down.down(site.settings)
+    up.take_down(site.settings)
     assert site.undone == ["new down", "old down"]
 
 
 @pytest.mark.parametrize("status", ["running", "exited"])
 def test_down_is_refused_on_a_worker(status, standing, operator):
-    """Whether its container runs or not: its head is where that is typed."""
-    standing.address = "10.0.0.2"
-    operator.setattr(engine, "node", lambda: SimpleNamespace(status=status))
-    operator.setattr(asked_by_guards, "node_container", lambda: SimpleNamespace(status=status))
+    """Whether its container runs or not. The message names the head."""
+    standing.env[1] = "VLLM_HOST_IP=10.0.0.2"
+    operator.setattr(engine, "node_container", lambda: standing.container(status))
     with pytest.raises(Exit, match=r"This node is a worker .* Type it on the head, 10\.0\.0\.1\."):
-        down.down(standing.settings)
+        up.take_down(standing.settings)
     assert standing.did == []
 
 
 def test_down_asks_by_the_address_that_the_nodes_were_brought_up_with(standing, operator):
-    """HEAD_NODE_IP may have been another in that shell, and then no worker would take this for its head."""
+    """This shell may set another HEAD_NODE_IP than the shell that brought the nodes up."""
     asked = []
-    operator.setattr(run, "told", lambda command, *_: asked.append(command.words[-1]))
-    other = resolve.load(standing.settings.model, {}, SHELL | {"HEAD_NODE_IP": "10.0.0.7"})
-    down.down(other)
+    runs = up.run
+
+    def listen(command, **how):
+        return asked.append(command.words[-1]) if "heard" in how else runs(command, **how)
+
+    operator.setattr(up, "run", listen)
+    other = load_settings(standing.settings.model, {}, SHELL | {"HEAD_NODE_IP": "10.0.0.7"})
+    up.take_down(other)
     assert len(asked) == 2 and all(line.endswith("down --here --head-ip 10.0.0.1") for line in asked)
 
 
-@pytest.mark.parametrize("typed", [lambda site: down.down(site.settings), lambda _: down.here()], ids=["down", "here"])
-def test_a_container_of_somebody_elses_is_not_taken_down(typed, standing, operator):
-    """One that is called so, and was started by neither task, is a person's question."""
-    operator.setattr(engine, "environment", lambda _: {})
-    operator.setattr(asked_by_guards, "container_environment", lambda _: {})
+@pytest.mark.parametrize(
+    "typed", [lambda site: up.take_down(site.settings), lambda _: up.take_down_here()], ids=["down", "here"]
+)
+def test_a_container_that_this_tool_has_not_started_stays(typed, standing):
+    """It only has the same name. `inv cleanup` asks a person."""
+    standing.env = []
     with pytest.raises(Exit, match=r"was started by neither inv head nor inv worker. To look at it: inv cleanup"):
         typed(standing)
     assert standing.did == []
 
 
 def test_a_node_of_another_head_is_left_alone(standing, capsys):
-    """`down --here --head-ip` removes what belongs to that head, and says what it did."""
-    down.here("10.0.0.9")
+    """`down --here --head-ip` removes only a node of that head, and says what it did."""
+    up.take_down_here("10.0.0.9")
     assert standing.did == [] and "another head, 10.0.0.1: it was left alone" in capsys.readouterr().err
-    down.here("10.0.0.1")
+    up.take_down_here("10.0.0.1")
     assert standing.did == ["remove"]

@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 from invoke import Exit
 
-from cluster import image, links, node, plan, server
-from command import run, template
-from command.command import Command
-from fleet import down, up
-from settings import models, resolve
-from settings.resolve import Settings
+from cluster import image, links, node, plan, server, up
+from cluster.command import ENDINGS, LOG_BYTES, Command, words_of
+from cluster.models import find_model
+from cluster.settings import Settings, load_settings
 from vitals import health, load
 
 STUB = """#!/bin/sh
@@ -85,11 +83,11 @@ def pasted(stubs, tmp_path) -> Callable[[str], None]:
 
 def _settings(model: str | None, sysfs: Path, **shell: str) -> Settings:
     environment = {**os.environ, "SYSFS": str(sysfs), **shell}
-    return resolve.load(models.find(model) if model else None, {}, environment)
+    return load_settings(find_model(model) if model else None, {}, environment)
 
 
 def _check(commands: list[Command], seen: list[tuple[list[str], dict[str, str]]]) -> None:
-    asked = [template.words(lines) for command in commands for lines in command.asks.values()]
+    asked = [words_of(lines) for command in commands for lines in command.asks.values()]
     seen = [(words, env) for words, env in seen if words not in asked]
     assert [words for words, _ in seen] == [command.words for command in commands]
     for command, (_, env) in zip(commands, seen, strict=True):
@@ -128,7 +126,7 @@ def test_build_image_runs_what_it_prints(inv, pasted, calls, sysfs):
     assert [words for words, _ in calls()] == [words for words, _ in from_paste]
     *asks, (build, env) = from_paste
     command = image.build_command(_settings(None, sysfs()))
-    assert [words for words, _ in asks] == [template.words(lines) for lines in command.asks.values()]
+    assert [words for words, _ in asks] == [words_of(lines) for lines in command.asks.values()]
     assert build == command.words
     assert env | dict.fromkeys(command.asks, "said") == env
 
@@ -138,14 +136,14 @@ def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp
     (tmp_path / "node-ray").mkdir()  # bash itself opens the log, and the mkdir here makes nothing
     shell = {"CACHE_DIR": str(tmp_path), "WORKER_HOSTS": "spark-2,spark-3,spark-4", "TP_SIZE": "4"}
     settings = _settings("nemotron", sysfs(), **shell)
-    folders, container, *rest = up.commands(settings, node.network(settings, links.find_links(settings["SYSFS"])))
+    folders, container, *rest = up.up_commands(settings, node.network(settings, links.find_links(settings["SYSFS"])))
     pasted(inv("--dry up --model nemotron", **shell).out + "wait\n")
-    (asked,) = (template.words(lines) for lines in container.asks.values())
+    (asked,) = (words_of(lines) for lines in container.asks.values())
     _check([folders, *rest], [(words, env) for words, env in calls() if words != asked])
     _check([container], [(words[1:], env) for words, env in calls("calls.behind")])
     assert [command.words[0] for command in rest] == [*["ssh"] * 3, *["docker"] * 4]
     pasted(inv("--dry down", **shell).out)
-    _check(down.commands(settings), calls())
+    _check(up.down_commands(settings), calls())
 
 
 def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
@@ -166,12 +164,26 @@ def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
         }
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDINGS], ids=lambda number: number.name)
+def test_a_signal_while_the_server_starts_waits_for_its_recorder(number, stubs, calls, sysfs):
+    """A server that loads without its recorder could starve its host of memory."""
+    (stubs / "docker").write_text(STUB + f'case "$*" in *" serve "*) kill -{number:d} $PPID ;; esac\n')
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            server.begin(_settings("qwen-30b", sysfs(), **KEYS))
+    finally:
+        signal.signal(number, before)
+    commands = server.launch_commands(_settings("qwen-30b", sysfs(), **KEYS), detached=True)
+    assert [words for words, _ in calls()] == [command.words for command in commands]
+
+
 @pytest.fixture
 def begin(tmp_path) -> Iterator[Callable[[str], None]]:
     """Starts a bash script as a server in this folder, by the real script with its minute and 64 MiB shortened."""
     script = server.START.replace(server.PID, f"{tmp_path}/pid").replace(server.WORDS, f"{tmp_path}/words")
     script = script.replace(node.LOGS, str(tmp_path)).replace("timeout 60", "timeout 0.1")
-    script = script.replace(str(run.LOG_BYTES), "20000")
+    script = script.replace(str(LOG_BYTES), "20000")
     groups = []
 
     def start(serves: str) -> None:

@@ -1,6 +1,6 @@
-"""A client on a stand-in Spark: `python3 client.py URL COUNT` sends so many chat requests at once, with the key in KEY.
+"""A client on a stand-in Spark: `python3 client.py URL COUNT` sends COUNT chat requests at once, with the key in KEY.
 
-Prints one line of JSON: the status of each request, and how many tokens each answer has.
+The client prints one line of JSON: for each request the status of the answer and its number of tokens.
 """
 
 import json
@@ -14,7 +14,7 @@ TOKENS = 16
 
 
 def chat(number: int) -> tuple[int, int]:
-    """Status and number of tokens of one request."""
+    """Send one request, and return the answer's status and number of tokens."""
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": f"Request {number}"}],

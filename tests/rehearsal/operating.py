@@ -1,4 +1,4 @@
-"""An operator at stand-in Sparks: terminals, what is typed in them, and what is left of it."""
+"""An operator at stand-in Sparks: terminals, tasks that are typed in them, and what a task leaves behind."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SHELL = {"VLLM_IMAGE": IMAGE}
 
 
 class Terminal:
-    """A task in a terminal of its own, as a person has one: what it said, and the ways in which it is ended."""
+    """A task in a terminal of its own, as a person has one: its output so far, and the signals that end it."""
 
     def __init__(self, host: Host, *words: str, **env: str) -> None:
         self.said = ""
@@ -25,17 +25,17 @@ class Terminal:
         os.set_blocking(self.process.stdout.fileno(), False)
 
     def read(self) -> str:
-        """All that it has said so far."""
+        """Return the whole output so far."""
         self.said += (self.process.stdout.read() or b"").decode(errors="replace")
         return self.said
 
     def until(self, text: str, seconds: float = 60) -> None:
-        """Wait until it has said text."""
+        """Wait until the text is in the output."""
         assert wait(lambda: text in self.read() or self.process.poll() is not None, seconds), self.said
         assert text in self.read(), self.said
 
     def end(self, number: signal.Signals, seconds: float = 60) -> int:
-        """Send a signal to the task's own process and wait until it has ended; its exit status."""
+        """Send a signal to the task's own process, wait until it has ended, and return its exit status."""
         self.process.send_signal(number)
         status = self.process.wait(seconds)
         self.read()
@@ -43,7 +43,7 @@ class Terminal:
 
 
 def bring_up(sparks: list[Host], terminal: Callable[..., Terminal], **env: str) -> list[Terminal]:
-    """A terminal with head and one with each worker, all joined."""
+    """Open a terminal for the head and one for each worker, and wait until Ray has all of them."""
     head, *workers = sparks
     opened = [terminal(head, "head", "--model", "rehearsal", **env)]
     opened += [terminal(worker, "worker", "--model", "rehearsal") for worker in workers]
@@ -58,12 +58,12 @@ def inv(host: Host, *words: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def containers(host: Host) -> str:
-    """Names and states of the containers on the host, running or not."""
+    """Return the names and states of the containers on the host, running or not."""
     return host.run("docker", "ps", "--all", "--format", "{{.Names}} {{.State}}").stdout.strip()
 
 
 def gone(host: Host, seconds: float = 20) -> bool:
-    """Whether the host has no container within so many seconds."""
+    """Whether the host's last container goes within so many seconds."""
     return wait(lambda: not containers(host), seconds)
 
 
@@ -73,7 +73,7 @@ def serving(host: Host) -> bool:
 
 
 def settled(condition: Callable[[], bool], seconds: float = 3) -> bool:
-    """Whether a condition holds now and all through the next seconds."""
+    """Whether a condition is true now and stays true for so many seconds."""
     end = time.monotonic() + seconds
     while held := condition():
         if time.monotonic() > end:

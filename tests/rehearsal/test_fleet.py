@@ -1,4 +1,4 @@
-"""All nodes from one terminal: up, up again, down, and an `up` that cannot be; nothing half-started stays."""
+"""All nodes from one terminal: `up`, `up` again, `down`, and an `up` that fails and leaves nothing half-started."""
 
 import json
 import os
@@ -29,13 +29,13 @@ def up(host: Host, *words: str, **env: str):
 
 @pytest.fixture
 def pair(sparks, shells):
-    """The two hosts with a sshd on the worker, which is as it was again afterwards."""
+    """The two hosts, with an sshd on the worker that is started anew after each test."""
     yield sparks
     shells.start(sparks[1])
 
 
 def test_up_up_again_and_down(pair):
-    """All of it comes up and answers; a second time everything is left alone; down removes it and says so."""
+    """`up` brings everything up, a second `up` leaves everything alone, and `down` removes everything and says so."""
     first = up(pair[0])
     assert first.returncode == 0, first.stderr[-3000:]
     assert "Ready after" in first.stderr and "rehearsal: first request" in first.stderr
@@ -56,7 +56,7 @@ def test_up_up_again_and_down(pair):
 
 
 def test_up_with_a_worker_that_is_not_reached(pair, shells):
-    """ssh's own words, the host, the command; and the head that had started is gone again."""
+    """The message has the words of ssh, the host and the command. The head that had started is removed."""
     shells.stop(pair[1])
     done = up(pair[0])
     assert done.returncode != 0 and "Traceback" not in done.stderr
@@ -68,7 +68,7 @@ def test_up_with_a_worker_that_is_not_reached(pair, shells):
 
 
 def test_up_with_another_version_of_the_repository_there(pair, tmp_path):
-    """One byte in a template is another version: refused there, and nothing stays."""
+    """One line more in a template is another version: the worker refuses, and nothing stays."""
     copy = tmp_path / "sparks"
     shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__"))
     (copy / ".venv").symlink_to(REPOSITORY / ".venv")
@@ -81,14 +81,14 @@ def test_up_with_another_version_of_the_repository_there(pair, tmp_path):
 
 
 def test_up_without_the_repository_there(pair):
-    """Nothing at REPO_DIR: which setting says where it is."""
+    """Nothing is at REPO_DIR: the message names that setting."""
     done = up(pair[0], REPO_DIR="nowhere/sparks")
     assert done.returncode != 0 and "REPO_DIR in .env" in done.stderr
     assert [containers(host) for host in pair] == ["", ""]
 
 
 def test_up_with_no_space_left_there(pair, shells):
-    """The worker's own sentence, with its node and command; with --keep the head stays."""
+    """The message has the words of the worker, its node and its command. With --keep the head stays."""
     shells.start(pair[1], CACHE_DIR=FULL)
     done = up(pair[0], "--keep")
     assert done.returncode != 0 and "No space left on device" in done.stderr
@@ -100,14 +100,14 @@ def test_up_with_no_space_left_there(pair, shells):
 
 
 def test_up_needs_as_many_workers_as_the_model(pair):
-    """Counted before anything starts."""
+    """Too few workers are refused before anything starts."""
     done = up(pair[0], TP_SIZE="4")
     assert done.returncode != 0 and "needs 3 workers" in done.stderr and "WORKER_HOSTS" in done.stderr
     assert containers(pair[0]) == ""
 
 
 def test_ctrl_c_at_up_takes_down_what_it_started(pair, terminal):
-    """In the middle of a load, with a worker over ssh: no container stays anywhere."""
+    """Ctrl-C in the middle of a load leaves no container on any node."""
     typed = terminal(pair[0], *UP, **FLEET)
     typed.until("rehearsal: ranks", 90)
     typed.end(signal.SIGINT, 60)
@@ -116,7 +116,7 @@ def test_ctrl_c_at_up_takes_down_what_it_started(pair, terminal):
 
 
 def seen(terminal: int, text: str, seconds: float) -> str:
-    """What a terminal shows until it shows text."""
+    """Read a terminal until it shows text, and return everything it has shown."""
     said, end = "", time.monotonic() + seconds
     while text not in said:
         assert time.monotonic() < end, said
@@ -125,7 +125,7 @@ def seen(terminal: int, text: str, seconds: float) -> str:
 
 
 def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair):
-    """As with launch: the load goes on, and the next up waits for it; a second one at the same time is refused."""
+    """The load goes on, as with `launch`, and the next `up` waits for it. A second `up` at the same time is refused."""
     ours, theirs = pty.openpty()
     typed = pair[0].popen(
         *INV, *UP, env=SHELL | FLEET, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
@@ -145,11 +145,11 @@ def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair):
 
 
 def test_a_detached_head_is_a_head(pair):
-    """`head --detach` comes back when Ray runs, keeps a log, and is left alone the second time."""
+    """`head --detach` comes back when Ray runs, keeps a log, and leaves a running head alone."""
     first = inv(pair[0], "head", "--model", "rehearsal", "--detach")
     assert first.returncode == 0 and containers(pair[0]) == "node-ray running"
-    identity = pair[0].run("docker", "inspect", "--format", "{{.Id}}", "node-ray").stdout.strip()
-    assert first.stdout == f"started {identity}\n"
+    container = pair[0].run("docker", "inspect", "--format", "{{.Id}}", "node-ray").stdout
+    assert first.stdout == f"started {container}"
     again = inv(pair[0], "head", "--model", "rehearsal", "--detach")
     assert again.returncode == 0 and again.stdout == "" and "left alone" in again.stderr
     other = inv(pair[0], "head", "--detach")
@@ -162,7 +162,7 @@ def test_a_detached_head_is_a_head(pair):
 
 
 def test_a_worker_of_another_head_is_left_alone(pair):
-    """`down` on the head removes what is the head's."""
+    """`down` removes only nodes of the head that it is typed on."""
     assert inv(pair[0], "head", "--model", "rehearsal", "--detach").returncode == 0
     assert inv(pair[1], "worker", "--model", "rehearsal", "--detach").returncode == 0
     there = inv(pair[1], "down", "--here", "--head-ip", "10.0.0.9")
