@@ -22,7 +22,6 @@ from cluster import check, engine, guards, load, node, recorder, repository, ser
 from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
 from cluster.node import CONTAINER, Network
 from cluster.settings import ModelSettings, Settings
-from host import ports
 from vitals import served
 
 if TYPE_CHECKING:
@@ -92,9 +91,7 @@ def _run_there(host: str, command: Command, seconds: float) -> str:
         if error.code == SSH_FAILED:
             hint = f"\nThat is the status of ssh itself. Type: ssh -v {host} true; WORKER_HOSTS names the workers."
         elif error.code in (126, 127):  # a shell's status for a command that it cannot start, or not find
-            hint = (
-                "\nIs this repository there? Clone it to the same folder, or set REPO_DIR in .env to its folder there."
-            )
+            hint = "\nIs this repository there? Clone it to the same folder, or set REPO_DIR in .env to its folder."
         elif "No idea what" in str(error.message):  # Invoke about a flag that it does not know
             hint = f"\nThe repository there is another version. On {host}, in it: git pull"
         raise Exit(f"{error.message}{hint}", code=error.code) from None
@@ -116,11 +113,8 @@ class Started:
 def up_commands(settings: ModelSettings, net: Network) -> list[Command]:
     """Return all commands of `inv up` where nothing is up yet, in order. The workers' commands run at once."""
     workers = [worker_up_command(settings, host) for host in workers_needed(settings)]
-    return [
-        *node.head_commands(settings, net, detached=True),
-        *workers,
-        *server.launch_commands(settings, detached=True),
-    ]
+    head = node.head_commands(settings, net, detached=True)
+    return [*head, *workers, *server.launch_commands(settings, detached=True)]
 
 
 def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep: bool, fabric: bool) -> None:
@@ -292,7 +286,7 @@ def take_down(settings: Settings) -> None:
     found = engine.node_container()
     if found is not None:
         guards.is_head(found)
-    elif not ports.is_mine(settings["HEAD_NODE_IP"]):
+    elif not guards.is_own_address(settings["HEAD_NODE_IP"]):
         raise Exit(
             f"This host is not the head: HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is "
             f"{settings['HEAD_NODE_IP']}. Type it there; for this node alone: inv down --here"

@@ -1,25 +1,11 @@
 """Placeholder: the nine old ways to start a process, by the four of cluster/command.py."""
 
-import os  # noqa: F401 - patched by tests
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 
-from invoke import Exit
-
 from cluster import command as new
-from cluster.command import (  # noqa: F401 - re-exported
-    ENDINGS,
-    LOG_BYTES,
-    Child,
-    Command,
-    TooLate,
-    answers,
-    become,
-    detach,
-    held,
-)
+from cluster.command import LOG_BYTES, Child, Command, become, held  # noqa: F401 - re-exported
 
 
 def run(command: Command) -> None:
@@ -45,24 +31,6 @@ def lines(command: Command) -> Iterator[str]:
         yield from printed
 
 
-def told(command: Command, who: str, seconds: float) -> str:
-    """Run a command whose standard error is shown after the name of its host."""
-    return new.run(command, heard=who, seconds=seconds)
-
-
-def output(command: Command, seconds: float | None = 20, errors: bool = False) -> str:
+def output(command: Command, seconds: float | None = 20) -> str:
     """What a command prints."""
     return new.run(command, capture=True, seconds=seconds)
-
-
-def hook(command: Command, seconds: float, without: tuple[str, ...] = ()) -> int:
-    """Run an operator's command; its exit status."""
-    try:
-        new.run(replace(command, alias="the hook"), seconds=seconds, whole=True)
-    except Exit as error:
-        if "could not be killed" in error.message:
-            raise Exit("process took too long, and could not be killed") from None
-        if "cannot be started" in error.message:
-            raise Exit(error.message.replace("the hook", command.words[0])) from None
-        return error.code if error.code <= 128 else 128 - error.code
-    return 0
