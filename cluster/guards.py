@@ -236,6 +236,3 @@ def port_holder(port: int) -> str:
     if processes := re.findall(r'"([^"]+)",pid=(\d+)', listening):
         return ", ".join(f"{name} (process {pid})" for name, pid in dict.fromkeys(processes))
     return f"a process of another user (sudo ss -ltnp 'sport = :{port}' names it)" if listening else "nobody"
-
-
-secrets = required_secrets  # Placeholder for what still uses the old name.

@@ -285,7 +285,4 @@ def _end_start(child: Child) -> None:
 
 
 # Placeholder for what still imports the old names.
-logs, log, environment, remarks, head, worker = (
-    *(log_folder, node_log, node_environment, network_remarks),
-    *(head_commands, worker_commands),
-)
+logs, log = log_folder, node_log
