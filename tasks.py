@@ -8,7 +8,6 @@ from invoke import Collection, Context, Exit, Task, task
 
 from cluster import cleanup as leftovers
 from cluster import guards, image, node, server
-from cluster import logs as kept
 from cluster import plan as planned
 from cluster import token as tokens
 from command import run
@@ -65,14 +64,14 @@ def launch(c: Context, model: str, max_len: str | None = None, allow: str | None
     """Check every node, serve a model, follow its log."""
     settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
     if c.config.run.dry:
-        return show(*server.commands(settings, detach))
+        return show(*server.launch_commands(settings, detach))
     from checks import inspection, report
-    from vitals import load
+    from cluster import load
 
     allowed = report.rule_names(allow)
     found = inspection.inspect(settings, guards.before_launch(settings))
     report.tell(found, allowed)
-    load.launch(found.settings, [one.address for one in found.nodes], detach)
+    load.launch_model(found.settings, [one.address for one in found.nodes], detach)
 
 
 @verb(help={
@@ -130,10 +129,10 @@ def status(c: Context, json: bool = False) -> None:
 @verb(help={"node": "the node's own log, not its server's", "follow": "go on with what comes"})
 def logs(c: Context, node: bool = False, follow: bool = False) -> None:
     """Show the server's log, or this node's own."""
-    shown = kept.shown(_settings(None), node, follow)
+    shown = server.log_command(_settings(None), node, follow)
     if c.config.run.dry:
         return show(shown)
-    kept.become(shown)
+    server.show_log(shown)
 
 
 @verb(help={"url": "where the API is, such as http://10.0.0.1:8000"})
@@ -181,13 +180,13 @@ def check(
 @verb(help={"csv": "a file to write the same to"})
 def memory(c: Context, csv: str | None = None) -> None:
     """Print every node's available memory until Ctrl-C."""
-    from vitals import memory as seen
+    from cluster import recorder
 
     settings = _settings(None)
     if c.config.run.dry:
-        return show(*seen.commands())
+        return show(recorder.memory_command())
     guards.the_head(settings)
-    seen.watch(settings, csv)
+    recorder.watch_memory(settings, csv)
 
 
 @verb()
@@ -202,7 +201,7 @@ def stop(c: Context) -> None:
     """End the server and leave Ray up."""
     if not c.config.run.dry:
         guards.before_stop()
-    _each(c, [server.stop()])
+    _each(c, [server.stop_command()])
 
 
 @verb(help={"json": "for a machine, on standard output"})
@@ -310,4 +309,5 @@ ns = Collection(
     rehearse, suite,
 )  # fmt: skip
 for each in models.known().values():
-    ns.add_task(_launcher(each))
+    if each.folder != "rehearsal":  # on a Spark nobody wants to launch that one; --model rehearsal does
+        ns.add_task(_launcher(each))

@@ -128,6 +128,7 @@ class Command:
     needs: Sequence[str] = ()  # secrets that must be set
     secrets: Mapping[str, str] = field(default_factory=dict)  # secrets that are handed on
     log: Path | None = None  # the file that a detached command writes to
+    feeds: Path | None = None  # the file that is its standard input
     alias: str = ""  # stands for the words in messages, because an operator's own command may hold a secret
 
     @property
@@ -144,8 +145,9 @@ class Command:
         # `&&` makes one list of this and the command: an interactive bash would run the next line without the secret.
         before += [f': "${{{name}:?}}" && \\' for name in (*self.asks, *self.needs)]
         command = text_of((("setsid",), *self.lines) if self.log else self.lines)
-        output = [f"</dev/null >>{shlex.quote(str(self.log))} 2>&1 &"] if self.log else []
-        return "\n".join([*before, " \\\n  ".join([command, *output])])
+        files = [f"<{shlex.quote(str(self.feeds))}"] if self.feeds else []
+        files += [f"</dev/null >>{shlex.quote(str(self.log))} 2>&1 &"] if self.log else []
+        return "\n".join([*before, " \\\n  ".join([command, *files])])
 
     def environ(self) -> dict[str, str]:
         """Return this process's environment without its secrets, with the command's own variables and secrets."""
@@ -343,10 +345,11 @@ def _environment(command: Command) -> dict[str, str]:
 
 
 def _start(command: Command, **options: Any) -> Child:  # noqa: ANN401 - those of Popen
-    options = {"stdin": subprocess.DEVNULL} | options
     env = _environment(command)
     try:
-        return subprocess.Popen(command.words, env=env, text=True, errors="replace", **options)
+        with open(command.feeds or os.devnull) as given:
+            options = {"stdin": given} | options
+            return subprocess.Popen(command.words, env=env, text=True, errors="replace", **options)
     except OSError as error:
         raise _not_started(command, error) from None
 

@@ -140,7 +140,7 @@ def nothing_serves(head: Container) -> None:
 
 def is_serving(head: Container) -> bool:
     """Whether the server that `launch` started in this container still runs."""
-    return engine.succeeds_in_container(head, "/bin/bash", "-c", server.ALIVE)
+    return server.server_runs(head)
 
 
 def _check_variables(settings: ModelSettings, head: Container) -> None:
@@ -174,9 +174,11 @@ def running_node(next_step: str) -> Container:
 
 
 def the_head(settings: Settings) -> Container:
-    """Return the running container of the head. Raises Exit on a worker, or if no container runs."""
+    """Return the running container of the head. Raises Exit on a worker, or if no such container runs."""
     found = running_node(f"Type: inv head{_model_flag(settings)}")
     is_head(found)
+    if server.is_earlier(found):
+        raise Exit(server.EARLIER)
     image = engine.container_image(found)
     if image != settings["VLLM_IMAGE"]:
         say(f"Warning: {CONTAINER} runs {image}, but this model uses {settings['VLLM_IMAGE']}.")

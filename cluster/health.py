@@ -23,9 +23,8 @@ from cluster.engine import node_container
 from cluster.guards import is_head
 from cluster.node import CONTAINER, log_folder
 from cluster.recorder import LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
+from cluster.server import Served, ask_server
 from cluster.settings import Settings
-from vitals.served import Served
-from vitals.served import ask as ask_server
 
 if TYPE_CHECKING:
     from docker.models.containers import Container

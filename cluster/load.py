@@ -1,4 +1,272 @@
-"""Placeholder: names as the merged module will have them."""
-from vitals.load import RECORDER_S
-from vitals.load import follow as follow_load
-from vitals.load import launch as launch_model
+"""A load, followed until the server has answered its first request.
+
+The server's own log names the phase. The recorder beside the server tells a load that is slow from one that is stuck.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke import Exit
+
+from cluster import guards, server
+from cluster.api import Answer, ask_api, generate_token
+from cluster.command import run, say, stream
+from cluster.node import CONTAINER, log_folder
+from cluster.recorder import LOAD, keep_json, kept_json, read_recorded
+from cluster.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+PAUSE_S = 0.5
+# Where no terminal shows the progress, it is said at each new phase and after so many seconds.
+EVERY_S = 30
+# The first request compiles kernels: it took 49 s on two H100, the next one 1.8 s.
+WARM_UP_S = 600
+# The recorder has to reach every node before its first look.
+RECORDER_S = 60
+
+# The phases of vLLM 0.11 to 0.32 (V1 engine) and their first signs, from public logs and the stand-in's own. A load
+# passes over those that it does not need: a CPU compiles nothing, and --enforce-eager captures nothing.
+PHASES = {
+    "start": r"(?!)",
+    "ranks": r"Connecting to existing Ray|Initializing a V1 LLM engine|world_size=",
+    "weights": r"Starting to load model|Loading \w* ?(?:safetensors|weights|pt)|checkpoint shards",
+    "profiling": r"Model loading took",
+    "compilation": r"torch\.compile takes|Dynamo bytecode|Compiling a graph|compiled graph",
+    "KV cache": r"Available KV cache memory|GPU KV cache size|CPU KV cache size|Maximum concurrency",
+    "graph capture": r"Capturing (?:CUDA|cuda) ?graph",
+    "warm-up": r"Graph capturing finished|init engine \(|Warming up|Starting vLLM (?:API )?server|Supported tasks",
+    "API": r"Application startup complete",
+}
+PERCENT = re.compile(r"(\d{1,3})%(?: Completed)?[ |]")
+
+
+class Phase:
+    """The phase of a load, by the log so far, and the percent that the phase's progress bar said last."""
+
+    def __init__(self) -> None:
+        self.name, self.percent = "start", ""
+
+    def read(self, line: str) -> bool:
+        """Take a line in. Return whether it began a new phase: phases only go forward."""
+        order = list(PHASES)
+        found = next((name for name in reversed(order) if re.search(PHASES[name], line)), self.name)
+        began = order.index(found) > order.index(self.name)
+        bar = PERCENT.search(line)
+        if began:
+            self.name, self.percent = found, ""
+        if bar and found == self.name:
+            self.percent = f" {bar[1]}%"
+        return began
+
+    def __str__(self) -> str:
+        return self.name + self.percent
+
+
+# --- What the operator sees ------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line that changes on a terminal; elsewhere a line now and then.
+
+    expected: the seconds that the last load took. since: this load's begin in seconds since 1970, if it is not now.
+    """
+
+    def __init__(self, model: str, expected: float | None = None, since: float | None = None) -> None:
+        self.model = model
+        self.about = f", {expected:.0f} s expected" if expected else ""
+        self.said = time.monotonic()
+        self.begun = self.said - (time.time() - since if since else 0)
+        self.status: Status | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self.status = Console(stderr=True, highlight=False).status("")
+            self.status.start()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+    def show(self, where: str, new: bool = False) -> None:
+        text = f"{self.model}: {where}, {self.seconds:.0f} s{self.about}"
+        if self.status:
+            from rich.text import Text
+
+            with suppress(OSError):  # a terminal that is lost does not end the load
+                self.status.update(Text(text))
+        elif new or time.monotonic() - self.said >= EVERY_S:
+            self.said = time.monotonic()
+            say(text)
+
+    def print_line(self, line: str) -> None:
+        """Print a line of the log to standard output; on a terminal above the line that changes."""
+        if self.status and sys.stdout.isatty():
+            with suppress(OSError):
+                self.status.console.print(line, markup=False, soft_wrap=True)
+            return
+        try:
+            print(line, flush=True)
+        except OSError:
+            raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
+
+    def stop(self) -> None:
+        with suppress(OSError):
+            if self.status:
+                self.status.stop()
+
+
+# --- How long a load takes: a file has it by model and nodes ---------------------------------------------------------
+
+
+def expected_seconds(file: Path, kind: str) -> float | None:
+    """Return what the last load of this kind took; None before the first."""
+    try:
+        return float(kept_json(file)[kind]["seconds"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def keep_seconds(file: Path, kind: str, seconds: float) -> None:
+    kept = kept_json(file)
+    load = {"seconds": round(seconds, 1), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    try:
+        keep_json(file, (kept if isinstance(kept, dict) else {}) | {kind: load})
+    except OSError as error:
+        say(f"Note: {file} cannot be written ({error.strerror}), so the next load has no expected time.")
+
+
+# --- Following a load ------------------------------------------------------------------------------------------------
+
+
+def launch_model(settings: ModelSettings, addresses: Iterable[str], detached: bool) -> None:
+    """Start the server and follow its log. Ctrl-C stops the server; a lost terminal does not.
+
+    addresses: those of Ray's nodes. detached: come back at once instead. Raises Exit when the server has ended.
+    """
+    server.prepare(settings)
+    try:
+        server.begin(settings)
+        if not detached:
+            follow_load(settings, addresses, shown=True, stay=True)
+    except KeyboardInterrupt:
+        say("Ctrl-C: the server is asked to stop.")
+        run(server.stop_command(), whole=True)
+        raise Exit("The server is stopped; Ray is still up.", code=130) from None
+    say("The server is loading. Its log: inv logs --follow; how it is: inv health; to end it: inv stop")
+
+
+def follow_load(
+    settings: ModelSettings,
+    addresses: Iterable[str],
+    shown: bool = False,
+    stay: bool = False,
+    since: float | None = None,
+) -> None:
+    """Follow the server's log until the server has answered a first request; with stay, until the server ends.
+
+    shown: print the log. since: the server's start in seconds since 1970, if it is not now.
+    Raises Exit when the server has ended, and, without stay, when its load is stuck.
+    """
+    history = log_folder(settings) / "ready.json"
+    kind = f"{settings.model.name} on {', '.join(sorted(addresses))}"
+    with stream(server.follow_command()) as lines:
+        progress = Progress(settings.model.name, expected_seconds(history, kind), since)
+        load = Load(settings, lines, shown, progress)
+        try:
+            answered_before = load.is_up()
+            load.wait_until_up(stay)
+            load.warm_up()
+        finally:
+            progress.stop()
+        if not answered_before:
+            keep_seconds(history, kind, progress.seconds)
+        how = "It answers" if answered_before else f"Ready after {progress.seconds:.0f} s"
+        url = server.api_url(settings["HOST"], settings["PORT"], everywhere=settings["HEAD_NODE_IP"])
+        say(f"{how}: API at {url}/v1, model {settings['SERVED_NAME']}")
+        while stay:
+            load.read_log()
+            time.sleep(PAUSE_S)
+
+
+class Load:
+    """A server that is followed, from its log's first line on."""
+
+    def __init__(self, settings: ModelSettings, lines: Iterator[str], shown: bool, progress: Progress) -> None:
+        self.settings, self.shown, self.progress = settings, shown, progress
+        self.url = server.api_url(settings["HOST"], settings["PORT"])
+        self.phase = Phase()
+        self.last: deque[str] = deque(maxlen=12)
+        # A thread waits for the lines, because the log may be silent for minutes.
+        self.unread: deque[str] = deque()
+        self.reader = threading.Thread(target=self.unread.extend, args=(lines,), daemon=True)
+        self.reader.start()
+
+    def is_up(self) -> bool:
+        """Whether the API listens. Only a generated token proves that it works."""
+        return ask_api(f"{self.url}/health", seconds=2).well
+
+    def read_log(self) -> bool:
+        """Read the new lines of the log. Return whether a phase began. Raises Exit if the server has ended."""
+        over = not self.reader.is_alive()
+        began = False
+        while self.unread:
+            line = self.unread.popleft()
+            self.last.append(line)
+            began |= self.phase.read(line)
+            if self.shown:
+                self.progress.print_line(line)
+        # `docker exec` may end before the server does.
+        if over and not guards.is_serving(guards.running_node("Type: inv up --model NAME")):
+            last = "\n".join(f"  {line}" for line in self.last)
+            raise Exit(f"The server has ended. The last lines of its log:\n{last}\nAll of it: inv logs")
+        return began
+
+    def wait_until_up(self, stay: bool) -> None:
+        begun, stuck, unguarded = time.monotonic(), False, False
+        while not self.is_up():
+            began = self.read_log()
+            self.progress.show(str(self.phase), began)
+            seen = read_recorded(self.settings)
+            fresh = seen if seen and seen.fresh else None
+            if not stuck and fresh and fresh.quiet(*LOAD) >= int(self.settings["STALL_S"]):
+                stuck = True
+                self.tell_stuck(stay)
+            if not unguarded and not fresh and time.monotonic() - begun > RECORDER_S:
+                unguarded = True
+                say("Warning: the recorder writes nothing, so nothing guards the memory. Look: inv logs")
+            time.sleep(PAUSE_S)
+
+    def tell_stuck(self, stay: bool) -> None:
+        text = (
+            f"STUCK in {self.phase}: for {self.settings['STALL_S']} s (STALL_S) no line came in the log, and neither "
+            "processor nor memory moved on any node. Look: inv logs"
+        )
+        if not stay:
+            raise Exit(text)
+        say(f"{text}; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop")
+
+    def warm_up(self) -> None:
+        """Send one request, and discard the answer. Raises Exit if the request is refused."""
+        answers: list[Answer] = []
+        asked = (self.url, self.settings.get("VLLM_API_KEY"), WARM_UP_S)
+        asking = threading.Thread(target=lambda: answers.append(generate_token(*asked)), daemon=True)
+        asking.start()
+        self.progress.show("first request", new=True)
+        while asking.is_alive():
+            self.read_log()
+            self.progress.show("first request")
+            asking.join(0.2)
+        if not answers[0].well:
+            raise Exit(f"The first request was answered {answers[0].status}: {answers[0].text[:300]}\nType: inv health")

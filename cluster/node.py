@@ -18,6 +18,7 @@ from cluster import engine, links
 from cluster.command import Child, Command, Lines, TooLate, answers, become, detach, render, run, say, words_of
 from cluster.engine import CONTAINER
 from cluster.links import Link
+from cluster.repository import ROOT, repository_digest
 from cluster.settings import Settings
 from cluster.token import INSIDE_TOKEN, token_file
 
@@ -25,7 +26,7 @@ RAY_PORT = 6379
 # Folders in the container.
 HF_CACHE = "/root/.cache/huggingface"
 LOGS = f"/var/log/{CONTAINER}"
-INSIDE = "/opt/inside"
+INSIDE = "/opt/inside"  # cluster/inside of this checkout
 # Docker prints the image's id and the digest of its base. `check` compares the line across the nodes.
 IMAGE_IDENTITY = '{{.Id}} {{index .Config.Labels "org.opencontainers.image.base.digest"}}'
 # NVIDIA's images set library paths in shell start-up files, so every program starts through a shell.
@@ -170,17 +171,20 @@ def _commands(role: str, settings: Settings, net: Network, detached: bool) -> li
     where = f"{role}, {net.address}"
     folders = mounts(settings)
     token = token_file(settings)
-    mounted = folders | ({f"{INSIDE_TOKEN}:ro": str(token)} if token else {})
+    mounted = folders | {f"{INSIDE}:ro": str(ROOT / "cluster/inside")}
+    if token:
+        mounted[f"{INSIDE_TOKEN}:ro"] = str(token)
     env = node_environment(settings, net)
     wrapper = render(
         "ray_container.j2",
         container=CONTAINER,
         mounts=mounted,
         token=INSIDE_TOKEN if token else None,
-        by_name=[*env, "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_IMAGE"],
+        by_name=[*env, "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_REPOSITORY", "NODE_RAY_IMAGE"],
         **settings.public(),
     )
     env["NODE_RAY_WRAPPER"], env["NODE_RAY_WRAPPER_SHA256"] = fingerprint(wrapper, mounted)
+    env["NODE_RAY_REPOSITORY"] = repository_digest()
     ray = render(f"ray_{role}.j2", in_shell=IN_SHELL, address=net.address, ray_port=RAY_PORT, **settings.public())
     make_folders = render("cache_folders.j2", folders=list(dict.fromkeys(folders.values())))
     image_identity = render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=IMAGE_IDENTITY)
@@ -215,11 +219,15 @@ def bring_node_up(commands: Sequence[Command], guard: Callable[[], None]) -> str
 
 
 def runs_already(container: Command) -> bool:
-    """Whether this node runs, started with the same variables. Raises Exit if one of them differs."""
+    """Whether this node runs, started with the same variables. Raises Exit if one of them differs.
+
+    The repository may have changed since: `check` says so, and a node that serves is left alone.
+    """
     running = engine.node_container()
     if running is None or running.status != "running":
         return False
     wanted = {**container.env, **answers(container)}
+    wanted.pop("NODE_RAY_REPOSITORY", None)
     env = engine.container_environment(running)
     if differing := [name for name, value in wanted.items() if env.get(name) != value]:
         names = " and ".join(differing)

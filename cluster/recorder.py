@@ -1,16 +1,74 @@
-"""Placeholder: names as the merged module will have them."""
+"""The recorder's files, which it writes beside the server each second, and `inv memory`, which prints from it.
 
+cluster/inside/recorder.py is the recorder itself.
+"""
+
+from __future__ import annotations
+
+import csv
 import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitals.recorded import FRESH_S, Recorded
-from vitals.recorded import lows as read_lows
-from vitals.recorded import read as read_recorded
+from invoke import Exit
 
+from cluster.command import Command, render, say, stream
+from cluster.engine import CONTAINER
+from cluster.node import IN_SHELL, INSIDE, log_folder
+from cluster.settings import Settings
+
+# The recorder writes each second. A node that does not answer makes a look three seconds longer.
+FRESH_S = 10
 # Recorded.quiet takes these names: what moves while requests are answered, and what moves while a model is loaded.
 WORK = ("counters", "cpu", "gpu")
 LOAD = ("log", "memory", "server_cpu", "cpu", "gpu")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The recorder's last look at all nodes, `age` seconds ago.
+
+    nodes: by address the facts of each node, or None if it did not answer. The facts are `available` (bytes), `ranks`
+    (how many), `cpu` (seconds of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
+    still: for how many seconds each thing has not moved. silent: for how many each silent node has not answered.
+    """
+
+    age: float
+    nodes: Mapping[str, Mapping | None]
+    still: Mapping[str, float]
+    silent: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the look tells of now. A clock that was set back makes the age negative."""
+        return -1 <= self.age <= FRESH_S
+
+    @property
+    def ranks(self) -> int:
+        return sum(facts["ranks"] for facts in self.nodes.values() if facts)
+
+    def quiet(self, *things: str) -> float:
+        """For how many seconds none of these things has moved on any node; 0 if the recorder looked at none of them."""
+        return min((seconds for name, seconds in self.still.items() if name.partition(" ")[0] in things), default=0)
+
+
+def read_recorded(settings: Settings) -> Recorded | None:
+    """Return the last look of the last server's recorder; None if there is none, or the file is another's."""
+    told = kept_json(log_folder(settings) / "vitals.json")
+    try:
+        return Recorded(time.time() - told["at"], told["nodes"], told["quiet"], told["silent"])
+    except (KeyError, TypeError):
+        return None
+
+
+def read_lows(settings: Settings) -> dict[str, int]:
+    """Return each node's lowest available memory while the last server ran, in bytes by address."""
+    return kept_json(log_folder(settings) / "memory-low.json") or {}
 
 
 def keep_json(file: Path, value: object) -> None:
@@ -26,3 +84,36 @@ def kept_json(file: Path) -> Any:  # noqa: ANN401 - a file may hold any JSON
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
+
+
+# --- inv memory ------------------------------------------------------------------------------------------------------
+
+
+def memory_command() -> Command:
+    """Print every node's available bytes as JSON, a line every two seconds."""
+    return Command(render("memory.j2", container=CONTAINER, in_shell=IN_SHELL, script=f"{INSIDE}/recorder.py"), "head")
+
+
+def watch_memory(settings: Settings, file: str | None) -> None:
+    """Print every node's available memory until Ctrl-C, and write it as CSV to file if one is named.
+
+    Raises Exit if the file cannot be written, or Ray does not answer any more.
+    """
+    warn = float(settings["MEM_WARN_GIB"])
+    if lows := read_lows(settings):
+        told = ", ".join(f"{address} {left / GIB:.1f} GiB" for address, left in lows.items())
+        say(f"Lowest while the last server ran: {told}")
+    try:
+        with open(file or os.devnull, "w", newline="", buffering=1) as opened, stream(memory_command()) as lines:
+            rows = csv.writer(opened)
+            rows.writerow(["time", "node", "available_bytes"])
+            for line in lines:
+                now = time.strftime("%H:%M:%S")
+                for address, left in sorted(json.loads(line).items()):
+                    available = "unknown" if left is None else f"{left / GIB:.1f}"
+                    low = "  LOW" if left is None or left < warn * GIB else ""
+                    say(f"{now}  {address:<15}  {available:>7} GiB available{low}")
+                    rows.writerow([now, address, left])
+    except OSError as error:
+        raise Exit(f"--csv {file} cannot be written: {error.strerror}.") from None
+    raise Exit("Ray in the head's container does not answer any more. Type: inv health")

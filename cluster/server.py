@@ -1,151 +1,226 @@
-"""The model's server: `vllm serve` in the head's container, detached, its log in a file that outlives the container."""
+"""The model's server: `vllm serve` in the head's container, where cluster/inside/serve.sh starts, follows and ends it.
 
+The server runs detached, and its log on the host's disk outlives the container.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from invoke import Exit
 
-from cluster import node
-from command import run, template
-from command.command import Command, say
-from command.template import Lines
-from settings.models import ROOT
-from settings.names import SECRETS
-from settings.resolve import Settings
+from cluster.command import Command, Lines, become, held, render, run, say, words_of
+from cluster.engine import CONTAINER, container_environment
+from cluster.node import HF_CACHE, INSIDE, log_folder, node_log
+from cluster.repository import ROOT
+from cluster.settings import SECRETS, ModelSettings, Settings
 
-LOG = f"{node.LOGS}/serve.log"
-# Below /run, unlike the log: a process id means nothing in the next container.
-PID = "/run/vllm-serve.pid"
-# The server's words, a line each, from its start until somebody stops it: what ended by itself can be told.
-WORDS = "/run/vllm-serve.words"
-RECORDER = "/run/recorder"
+if TYPE_CHECKING:
+    from docker.models.containers import Container
 
-# `docker exec` passes no signal on and takes its output along when it dies, so the server gets a session, a log file
-# and a recorded process id of its own. setsid makes the id that of the whole process group.
-# The lock goes on to the server and is its own as long as it lives, so two launches at once are one.
-# As long as the server lives its log is cut at 64 MiB, and what was in it kept as serve.log.1.
-START = (
-    f"exec 9>{PID}.lock; flock -n 9 || {{ echo a server runs here already >&2; exit 1; }}; "
-    f"rm -f {node.LOGS}/vitals.json {node.LOGS}/memory-low.json; test -e {LOG} && mv {LOG} {LOG}.1; "
-    f'setsid "$@" </dev/null >>{LOG} 2>&1 & p=$!; echo $p >{PID}; '
-    f'printf "%s\\n" "$@" >{WORDS}; exec 9>&-; until timeout 60 tail -f --pid=$p /dev/null; do '
-    f"test $(stat -c %s {LOG}) -lt {run.LOG_BYTES} || {{ cp {LOG} {LOG}.1; : >{LOG}; }}; "
-    "done </dev/null >/dev/null 2>&1 &"
-)
-FOLLOW = f"exec tail -n +1 -F --pid=$(cat {PID}) {LOG}"
-ALIVE = f"test -e {PID} && kill -0 -- -$(cat {PID})"
-STATE = f"test -e {WORDS} || exit 0; {{ {ALIVE}; }} 2>/dev/null; echo $?; stat -c %Y {PID}; cat {WORDS}"
-RECORD = f'setsid "$@" </dev/null >>{LOG} 2>&1 &'
-# `hf download` leaves a file whole or not at all, and the commit that it resolved beside it.
-FETCH = 'NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata'
-STOP = (
-    f"rm -f {WORDS}; p=$(cat {PID}) && kill -TERM $p 2>/dev/null || kill -TERM -- -$p || exit; "
-    "for _ in {1..30}; do kill -0 -- -$p 2>/dev/null || exit 0; sleep 1; done; "
-    "echo still there after 30 s, killed >&2; kill -KILL -- -$p"
-)
+EARLIER = "An earlier version of this repository started the containers. Type: inv down; then: inv up --model NAME"
 
 
-def url(host: str, port: str, everywhere: str = "127.0.0.1") -> str:
-    """The API's address, such as http://127.0.0.1:8000; everywhere: the host where it listens on all addresses."""
+def api_url(host: str, port: str, everywhere: str = "127.0.0.1") -> str:
+    """Return the API's address, such as http://127.0.0.1:8000. everywhere: used if the API listens on all addresses."""
     host = everywhere if host in ("0.0.0.0", "::") else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def log(settings: Settings) -> Path:
-    """The server's log on the head's own disk."""
-    return node.logs(settings) / Path(LOG).name
+# --- The server that was launched last -------------------------------------------------------------------------------
 
 
-def values(settings: Settings) -> dict[str, str]:
-    """What a model's templates are rendered with."""
-    return settings.public() | {"hf_cache": node.HF_CACHE}
+@dataclass(frozen=True)
+class Served:
+    """A server: whether its processes run, its start in seconds since 1970, and its command line."""
+
+    alive: bool
+    since: float
+    words: Sequence[str]
+
+    @property
+    def model(self) -> str:
+        """The name that clients use."""
+        return self._option("--served-model-name", self.words[2])
+
+    @property
+    def context(self) -> int:
+        """The longest sequence in tokens; 0 if the line leaves it to vLLM."""
+        return self._number("--max-model-len", 0)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, which is the number of nodes."""
+        return self._number("--tensor-parallel-size", 1) * self._number("--pipeline-parallel-size", 1)
+
+    @property
+    def url(self) -> str:
+        """The API's address on the head."""
+        return api_url(self._option("--host", "0.0.0.0"), self._option("--port", "8000"))
+
+    def _option(self, name: str, otherwise: str) -> str:
+        """Read an option as vLLM does: `--a-b c`, `--a-b=c` or `--a_b c`, and the last one counts."""
+        options = [(*word.split("=", 1), following)[:2] for word, following in pairwise((*self.words, ""))]
+        return next((value for word, value in reversed(options) if word.replace("_", "-") == name), otherwise)
+
+    def _number(self, name: str, otherwise: int) -> int:
+        value = self._option(name, "")
+        return int(value) if value.isdigit() else otherwise
 
 
-def words(settings: Settings) -> list[str]:
-    """The server's own command line."""
-    return template.words(template.render(settings.model.serve, **values(settings)))
+def ask_server(head: Container) -> Served | None:
+    """Return the server that was launched last in the head's container; None if none was, or `inv stop` ended it.
 
-
-def fetch(settings: Settings) -> list[Command]:
-    """What has to be in the Hugging Face cache before the server starts, by the model's fetch.j2; often nothing."""
-    lines = template.render(settings.model.fetch, **values(settings)) if settings.model.fetch else ()
-    return [_inside(FETCH, lines, settings, ["HF_TOKEN"])] if lines else []
-
-
-def start(settings: Settings) -> Command:
-    """The command that starts the server and comes back at once."""
-    return _inside(START, template.render(settings.model.serve, **values(settings)), settings, SECRETS)
-
-
-def recorder(settings: Settings) -> Command:
-    """The command that starts, beside the server, what guards the memory and records what every node does."""
-    api = url(settings["HOST"], settings["PORT"])
-    asked = {"pid": PID, "folder": node.LOGS, "url": api, "least": settings["MEM_ABORT_GIB"]}
-    return _inside(RECORD, template.render("recorder.j2", place=RECORDER, **asked))
-
-
-def recorder_there() -> Command:
-    """The command that puts this repository's recorder into the head's container."""
-    places = {"folder": ROOT / "recorder", "container": node.CONTAINER, "place": RECORDER}
-    return Command(template.render("recorder_copy.j2", **places), "head")
-
-
-def follow() -> Command:
-    """The command that shows the server's log until the server ends."""
-    return _inside(FOLLOW)
-
-
-def stop() -> Command:
-    """The command that asks the server to end, waits up to 30 s, then forces it."""
-    return _inside(STOP)
-
-
-def commands(settings: Settings, detached: bool = False) -> list[Command]:
-    """All that `launch` runs, in order."""
-    begun = [recorder_there(), start(settings), recorder(settings)]
-    return [*fetch(settings), *begun, *([] if detached else [follow()])]
-
-
-def prepare(settings: Settings) -> None:
-    """Fetch what the server needs; raises Exit, with the ways on, if that fails."""
-    for command in fetch(settings):
-        _fetched(command)
-
-
-def begin(settings: Settings, started: Callable[[], None] = lambda: None) -> None:
-    """Start the server and its recorder, and come back at once; raises Exit if that fails.
-
-    started: called between the two, once the server is ours to stop.
+    Raises Exit if the container does not answer.
     """
-    run.run_whole(recorder_there())
-    with run.held():  # it must not load unguarded
-        run.run_whole(start(settings))
-        started()
-        run.run_whole(recorder(settings))
+    runs, since, *words = _state(head) or ("", "0")
+    return Served(runs == "0", float(since), tuple(words)) if len(words) > 2 else None
 
 
-def _fetched(command: Command) -> None:
-    say(command.text)
-    try:
-        said = run.output(command, seconds=None).splitlines()
-        say(f"It is here, from commit {said[-1] if said else 'unknown'}.")
-    except Exit as error:
-        raise Exit(
-            f"The reasoning parser could not be fetched: {error.message}\nWithout it the server would not start. Mend "
-            "the network or HF_TOKEN; or go on without the file, with REASONING_PARSER=nemotron_v3 (built into vLLM "
-            "0.17.1 and later) or ENABLE_REASONING_PARSER=0 before the same command."
-        ) from None
+def server_runs(head: Container) -> bool:
+    """Whether any process of the server runs, also of one that `inv stop` is ending."""
+    return _state(head)[:1] == ["0"]
 
 
-def _inside(script: str, lines: Lines = (), settings: Settings | None = None, secrets: Sequence[str] = ()) -> Command:
-    """A command in the head's container, through a shell, that gets these secrets of the settings by name."""
-    outer = template.render("server_exec.j2", secrets=secrets, container=node.CONTAINER, script=script)
-    required = settings["REQUIRED_SECRETS"].split() if settings else ()
-    handed = {name: value for name, value in settings.secrets().items() if name in secrets} if settings else {}
+def _state(head: Container) -> list[str]:
+    return run(_fed("state", head.name), capture=True, seconds=20).splitlines()
+
+
+def is_earlier(head: Container) -> bool:
+    """Whether an earlier version of this repository started this container, which then lacks the mounted scripts.
+
+    `inv stop` and `inv down` end such a cluster, too. Nothing can be launched on it.
+    """
+    return "NODE_RAY_REPOSITORY" not in container_environment(head)
+
+
+# --- Its commands ----------------------------------------------------------------------------------------------------
+
+
+def serve_values(settings: Settings) -> dict[str, str]:
+    """Return the values for a model's templates."""
+    return settings.public() | {"hf_cache": HF_CACHE}
+
+
+def serve_words(settings: ModelSettings) -> list[str]:
+    """Return the server's command line, from `vllm serve` on."""
+    return words_of(render(settings.model.serve, **serve_values(settings)))
+
+
+def fetch_commands(settings: ModelSettings) -> list[Command]:
+    """Return what fills the Hugging Face cache before the server starts. Most models have no fetch.j2."""
+    lines = render(settings.model.fetch, **serve_values(settings)) if settings.model.fetch else ()
+    return [_with_secrets(settings, ["HF_TOKEN"], "fetch", lines)] if lines else []
+
+
+def start_command(settings: ModelSettings) -> Command:
+    """Start the server, and come back at once."""
+    return _with_secrets(settings, SECRETS, "start", render(settings.model.serve, **serve_values(settings)))
+
+
+def recorder_command(settings: Settings) -> Command:
+    """Start the recorder beside the server: it watches every node and guards the memory."""
+    api = api_url(settings["HOST"], settings["PORT"])
+    return Command(_exec("record", words=[api, settings["MEM_ABORT_GIB"]]), "head")
+
+
+def follow_command() -> Command:
+    """Show the server's log until the server ends."""
+    return Command(_exec("follow"), "head")
+
+
+def stop_command() -> Command:
+    """Ask the server to end, wait up to 30 s, then force it."""
+    return _fed("stop")
+
+
+def launch_commands(settings: ModelSettings, detached: bool = False) -> list[Command]:
+    """Return everything that `launch` runs, in order."""
+    begin = [*fetch_commands(settings), start_command(settings), recorder_command(settings)]
+    return begin if detached else [*begin, follow_command()]
+
+
+def _exec(sub_command: str, words: Sequence[str] = (), secrets: Sequence[str] = ()) -> Lines:
+    names = {"container": CONTAINER, "script": f"{INSIDE}/serve.sh"}
+    return render("server_exec.j2", sub_command=sub_command, words=words, secrets=secrets, **names)
+
+
+def _with_secrets(settings: Settings, secrets: Sequence[str], sub_command: str, lines: Lines) -> Command:
+    """Pass the model's line to serve.sh, and these secrets by name."""
+    required = settings["REQUIRED_SECRETS"].split()
+    given = {name: value for name, value in settings.secrets().items() if name in secrets}
     needs = [name for name in secrets if name in required]
-    return Command(outer + lines, "head", needs=needs, secrets=handed)
+    return Command(_exec(sub_command, secrets=secrets) + lines, "head", needs=needs, secrets=given)
 
 
-# The names of the rewritten module, until it is there.
-api_url, server_log, serve_values, serve_words, launch_commands = url, log, values, words, commands
-start_command, recorder_command, follow_command, stop_command = start, recorder, follow, stop
+def _fed(sub_command: str, container: str | None = CONTAINER) -> Command:
+    """Pass serve.sh through standard input, because a container of an earlier version does not have it."""
+    lines = render("server_exec.j2", container=container, script="-s", sub_command=sub_command, words=(), secrets=())
+    return Command(lines, "head", feeds=ROOT / "cluster/inside/serve.sh")
+
+
+# --- Starting it -----------------------------------------------------------------------------------------------------
+
+
+def prepare(settings: ModelSettings) -> None:
+    """Fetch what the server needs. Raises Exit with the ways on if that fails."""
+    for command in fetch_commands(settings):
+        say(command.text)
+        try:
+            commit = run(command, capture=True)
+        except Exit as error:
+            raise Exit(
+                f"The reasoning parser could not be fetched: {error.message}\nWithout it the server would not start. "
+                "Mend the network or HF_TOKEN; or go on without the file, with REASONING_PARSER=nemotron_v3 (built "
+                "into vLLM 0.17.1 and later) or ENABLE_REASONING_PARSER=0 before the same command."
+            ) from None
+        say(f"The reasoning parser is here, from commit {commit.splitlines()[-1] if commit else 'unknown'}.")
+
+
+def begin(settings: ModelSettings, started: Callable[[], None] = lambda: None) -> None:
+    """Start the server and its recorder, and come back at once. Raises Exit if that fails.
+
+    started: called between the two, when there is a server that the caller may have to stop.
+    """
+    with held():  # a signal between the two would leave a server whose memory nobody guards
+        run(start_command(settings), whole=True)
+        started()
+        run(recorder_command(settings), whole=True)
+
+
+# --- Its log ---------------------------------------------------------------------------------------------------------
+
+
+def server_log(settings: Settings) -> Path:
+    """The server's log on the head's disk."""
+    return log_folder(settings) / "serve.log"
+
+
+def log_command(settings: Settings, of_node: bool, follow: bool) -> Command:
+    """Show the last lines of the server's log, or of a detached node's. follow: and what is written from then on."""
+    file = node_log(settings) if of_node else server_log(settings)
+    return Command(render("tail.j2", file=file, follow=follow), "this node")
+
+
+def show_log(command: Command) -> NoReturn:
+    """Become log_command. Raises Exit if the log is missing or cannot be read."""
+    file = command.words[-1]
+    try:
+        os.stat(file)
+    except FileNotFoundError:
+        where = "The server's log is on the head. A node has a log where it was started with --detach"
+        raise Exit(f"There is no {file} here. {where}.") from None
+    except OSError as error:
+        look = f"ls -ld {shlex.quote(os.path.dirname(file))}"
+        raise Exit(f"{file} cannot be read: {error.strerror}. Type: {look}") from None
+    become(command)
+
+
+# Placeholder for what still imports the old name.
+values = serve_values

@@ -13,8 +13,8 @@ from cluster.engine import age_in_words, container_age, container_environment, n
 from cluster.health import GIB, look
 from cluster.node import CONTAINER
 from cluster.recorder import read_lows
+from cluster.server import Served
 from cluster.settings import Settings
-from vitals.served import Served
 
 
 def report_status(settings: Settings, as_json: bool) -> None:

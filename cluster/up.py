@@ -21,14 +21,13 @@ from checks import image
 from cluster import check, engine, guards, load, node, recorder, repository, server
 from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
 from cluster.node import CONTAINER, Network
+from cluster.server import Served
 from cluster.settings import ModelSettings, Settings
-from vitals import served
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
     from cluster.check import Inspection
-    from vitals.served import Served
 
 # Ray knows a node a moment after the node says that it runs.
 JOIN_S = 30
@@ -128,7 +127,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     with _only_one(settings), _undone_on_failure(settings, keep) as started:
         _bring_up_nodes(settings, net, workers, started)
         head = guards.the_head(settings)
-        running = served.ask(head)
+        running = server.ask_server(head)
         if running and running.alive:
             if fabric:
                 raise Exit("--fabric needs the GPUs, and a server has them. Type: inv stop; or leave --fabric out")

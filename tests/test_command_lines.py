@@ -40,13 +40,15 @@ def test_a_dry_task_prints_this_and_no_more(line, inv, golden, addresses, operat
     """`inv --dry TASK` prints the command lines of the task, and nothing else, to standard output."""
     if line.startswith("worker"):
         addresses["enp1s0f1np1"] = "10.0.0.2"
-    operator.setattr("cluster.repository.repository_digest", lambda: "SHA256")
+    for module in ("repository", "node"):
+        operator.setattr(f"cluster.{module}.repository_digest", lambda: "SHA256")
     golden(_file(line), inv(f"--dry {line}").out)
 
 
 @pytest.mark.parametrize("line", PLANS)
-def test_a_plan_prints_this_and_no_more(line, inv, golden):
+def test_a_plan_prints_this_and_no_more(line, inv, golden, operator):
     """`inv plan` prints the command lines of head, worker and launch, and nothing else, to standard output."""
+    operator.setattr("cluster.node.repository_digest", lambda: "SHA256")
     golden(_file(line), inv(line).out)
 
 
@@ -136,13 +138,14 @@ def test_another_base_does_not_take_the_usual_name(inv):
 
 
 def test_every_cache_has_a_mount(inv):
-    """Five folders survive the container, even if HF_CACHE is the folder of another cache."""
+    """Five folders survive the container, even if HF_CACHE is the folder of another cache; scripts are read-only."""
     for folder in ("/big/huggingface", "/big/vllm"):
         out = inv("--dry head", CACHE_DIR="/big", HF_CACHE=folder).out
-        assert re.findall(r"^  -v \S+:(\S+) \\$", out, re.M) == [
+        assert re.findall(r"^  -v [^:]+:(\S+) \\$", out, re.M) == [
             "/root/.cache/huggingface",
             "/root/.cache/flashinfer",
             "/root/.cache/vllm",
             "/root/.triton",
             "/var/log/node-ray",
+            "/opt/inside:ro",
         ]

@@ -18,7 +18,7 @@ from invoke import Exit
 from requests.exceptions import JSONDecodeError
 
 from checks import nodes
-from cluster import cleanup, engine, guards, token
+from cluster import cleanup, engine, guards, server, token
 from cluster.node import Network
 from settings import models, resolve
 
@@ -35,15 +35,11 @@ class Container:
     """A container as the docker SDK shows it."""
 
     def __init__(self, name="node-ray", status="running", serving=False, **env):
-        env = {"VLLM_HOST_IP": HERE, "MASTER_ADDR": HERE} | env
+        env = {"VLLM_HOST_IP": HERE, "MASTER_ADDR": HERE, "NODE_RAY_REPOSITORY": "0a"} | env
         self.name, self.id, self.status = name, name, status
         self.serving = serving
         config = {"Env": [f"{name}={value}" for name, value in env.items()], "Image": "local/vllm-ray:26.05.post1"}
         self.attrs = {"Config": config, "Created": datetime.now(UTC).isoformat()}
-
-    def exec_run(self, words, demux=False):
-        """Answer the only question that guards ask in a container: whether the server runs."""
-        return (0 if self.serving else 1), (b"", b"")
 
 
 @pytest.fixture
@@ -52,6 +48,7 @@ def docker(operator):
     found = SimpleNamespace(containers=[], images=True)
     operator.setattr(engine, "our_containers", lambda: found.containers)
     operator.setattr(engine, "has_image", lambda name: found.images)
+    operator.setattr(server, "server_runs", lambda head: head.serving)
     return found
 
 
@@ -159,6 +156,15 @@ def test_launch_where_the_containers_started_without_the_models_variables(docker
     assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN: missing, needs '1'" in said
     assert "TRTLLM" not in said.upper()
     assert "inv head --model nemotron" in said and "inv worker --model nemotron" in said
+
+
+def test_a_cluster_of_an_earlier_version_is_told(docker):
+    """Its containers lack the scripts that a launch needs; the message has the commands that bring it up anew."""
+    earlier = Container(**NEMOTRON)
+    earlier.attrs["Config"]["Env"].remove("NODE_RAY_REPOSITORY=0a")
+    docker.containers = [earlier]
+    assert "An earlier version of this repository" in (said := _launch()) and "inv down" in said
+    guards.is_head(earlier)  # which is all that down asks
 
 
 def test_launch_twice(docker):

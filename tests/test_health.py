@@ -13,7 +13,7 @@ from cluster import health
 from cluster.api import Answer, Metrics
 from cluster.health import BRING_UP_AGAIN, DEAF_S, GIB, START_RECORDER, Seen, State, judge, waited_in_vain
 from cluster.recorder import FRESH_S, LOAD, WORK, Recorded
-from vitals.served import Served
+from cluster.server import Served
 
 NOW = 1_700_000_000.0
 HANG, STALL, WARN = 300, 600, 6

@@ -12,15 +12,14 @@ FETCH = (
     '- : "${HF_TOKEN:?}" &&',
     "- docker exec",
     "- -e HF_TOKEN",
-    "- node-ray /bin/bash",
-    """- -c 'NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata' bash""",
+    "- node-ray /bin/bash /opt/inside/serve.sh fetch",
     f"- hf download {SUPER} super_v3_reasoning_parser.py",
     "- --revision main",
     f"- --local-dir {PARSERS}/{SUPER}/main",
 )
 PLUGIN = f"--reasoning-parser-plugin {PARSERS}/{{}}/{{}}/super_v3_reasoning_parser.py"
 NO_PARSER = ("- " + PLUGIN.format(SUPER, "main"), "- --reasoning-parser super_v3")
-RECORDER = "python3 /run/recorder/guard.py /run/vllm-serve.pid /var/log/node-ray {} 2"
+RECORDER = "node-ray /bin/bash /opt/inside/serve.sh record {} 2"
 
 CHANGES = [
     (

@@ -1,21 +1,20 @@
-"""A load is followed: the phase by the server's own log, how long it should take, and stuck told from slow."""
+"""A load that is followed: its phase by the server's own log, its expected time, and stuck told from slow."""
 
 import json
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from invoke import Exit
 
-from cluster import node, server
-from settings import models, resolve
-from vitals import load, progress, ready, recorded
-from vitals.api import Answer
-from vitals.judge import LOAD
-from vitals.phases import PHASES, Load
-from vitals.progress import EVERY_S, Progress
-from vitals.recorded import FRESH_S
+from cluster import load
+from cluster.api import Answer
+from cluster.load import EVERY_S, PHASES, Load, Phase, Progress, expected_seconds, keep_seconds
+from cluster.models import find_model
+from cluster.recorder import FRESH_S, LOAD
+from cluster.settings import load_settings
 
 BOTH = ("10.0.0.1", "10.0.0.2")
 STAMP = "(EngineCore pid=7) INFO 01-02 03:04:05"
@@ -53,35 +52,41 @@ LINES = [
 ]
 
 
+# --- Phases ----------------------------------------------------------------------------------------------------------
+
+
 def test_each_line_shows_the_phase():
-    """What is shown after each line of a whole load, a bar's percent with it."""
-    so_far = Load()
-    assert [(line, so_far.read(line), str(so_far))[::2] for line, _ in LINES] == LINES
+    """The phase after each line of a whole load, with the percent of its bar."""
+    phase = Phase()
+    assert [(line, phase.read(line), str(phase))[::2] for line, _ in LINES] == LINES
 
 
 def test_a_new_phase_is_told_once():
-    """A line is worth saying when the phase is another; the same and an earlier one are not."""
-    so_far = Load()
-    told = [shown for line, shown in LINES if so_far.read(line)]
-    assert [shown.partition(" ")[0] for shown in told] == [name.partition(" ")[0] for name, _ in PHASES[1:]]
+    """A line begins a phase if the phase is another one; a line of the same or of an earlier phase does not."""
+    phase = Phase()
+    told = [shown for line, shown in LINES if phase.read(line)]
+    assert [shown.partition(" ")[0] for shown in told] == [name.partition(" ")[0] for name in list(PHASES)[1:]]
 
 
-def test_phases_that_a_load_does_not_have_are_passed_over():
+def test_a_load_may_lack_phases():
     """--enforce-eager compiles and captures nothing; a line that says so is no compilation."""
-    so_far, seen = Load(), set()
+    phase, seen = Phase(), set()
     for line, _ in LINES:
         if "torch.compile takes" not in line and not line.startswith("Capturing") and "backends.py" not in line:
-            so_far.read(line)
-            seen.add(so_far.phase)
-    assert seen == {name for name, _ in PHASES} - {"compilation", "graph capture"}
+            phase.read(line)
+            seen.add(phase.name)
+    assert seen == PHASES.keys() - {"compilation", "graph capture"}
 
 
 def test_phases_only_go_forward():
     """A late line of a slower rank, with its bar, changes neither phase nor percent."""
-    so_far = Load()
+    phase = Phase()
     for line in (LINES[20][0], LINES[8][0], LINES[5][0], LINES[2][0]):
-        so_far.read(line)
-    assert str(so_far) == "graph capture 100%"
+        phase.read(line)
+    assert str(phase) == "graph capture 100%"
+
+
+# --- What the operator sees ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -89,50 +94,50 @@ def clock(monkeypatch):
     """Two clocks that only a test moves, by `clock.now`."""
     clock = SimpleNamespace(now=1000.0)
     both = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1_700_000_000 + clock.now, sleep=lambda _: None)
-    monkeypatch.setattr(progress, "time", both)
+    monkeypatch.setattr(load, "time", both)
     return clock
 
 
 def test_off_a_terminal_a_line_now_and_then(clock, capsys):
-    """One for each new phase, and one each 30 s of the same: a log that is not flooded, and never seems dead."""
-    with Progress("tiny", 90) as shown:
-        for second in range(100):
-            clock.now = 1000 + second
-            shown.show("weights", new=second in (0, 40))
+    """A line at each new phase, and every 30 s: the output is not flooded, and never seems dead."""
+    shown = Progress("tiny", 90)
+    for second in range(100):
+        clock.now = 1000 + second
+        shown.show("weights", new=second in (0, 40))
     out, err = capsys.readouterr()
     assert err.splitlines() == [f"tiny: weights, {second} s, 90 s expected" for second in (0, 30, 40, 70)]
     assert out == "" and EVERY_S == 30
 
 
 def test_a_load_that_began_earlier_has_taken_as_long(clock, capsys):
-    """`since` is when it was started, by another terminal perhaps; before the first load nothing is expected."""
-    with Progress("tiny", since=1_700_000_000 + 880.0) as shown:
-        shown.show("warm-up", new=True)
+    """Another terminal may have started the server. Before the first load no time is expected."""
+    shown = Progress("tiny", since=1_700_000_000 + 880.0)
+    shown.show("warm-up", new=True)
     assert (shown.seconds, capsys.readouterr().err) == (120, "tiny: warm-up, 120 s\n")
 
 
-def test_lines_of_the_log_go_to_standard_output(clock, capsys, monkeypatch):
-    """Unchanged, whatever they hold; where nobody reads them that is said, and that the server runs on."""
-    with Progress("tiny") as shown:
-        shown.line("[bold]100%[/] {x}")
-        assert capsys.readouterr() == ("[bold]100%[/] {x}\n", "")
-        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone))
-        with pytest.raises(Exit, match="runs on"):
-            shown.line("more")
+def test_lines_of_the_log_go_to_standard_output(capsys, monkeypatch):
+    """Unchanged, whatever they hold. If nothing reads them any more, the operator is told that the server runs on."""
+    shown = Progress("tiny")
+    shown.print_line("[bold]100%[/] {x}")
+    assert capsys.readouterr() == ("[bold]100%[/] {x}\n", "")
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone))
+    with pytest.raises(Exit, match="The server runs on"):
+        shown.print_line("more")
 
 
 def _gone(*_):
     raise BrokenPipeError(32, "Broken pipe")
 
 
-class Lost:
-    """A terminal's end in rich: what it is asked to show is noted, and once it is `lost` fails."""
+class Terminal:
+    """A terminal as rich writes to it: `shown` has what it shows, and once it is `lost` writing fails."""
 
     def __init__(self):
         self.shown, self.lost, self.console = [], False, self
 
     def print(self, text, **_):
-        """A line above, or the line that changes."""
+        """Show a line, above the line that changes."""
         if self.lost:
             raise OSError(5, "Input/output error")
         self.shown.append(str(text))
@@ -140,32 +145,70 @@ class Lost:
     update = print
 
     def stop(self):
-        """The cursor comes back."""
+        """Show the cursor again."""
         self.print("stopped")
 
 
 @pytest.mark.parametrize("both", [True, False], ids=["a terminal", "standard output to a file"])
 def test_lines_of_the_log_go_above_the_line_that_changes(both, capsys, monkeypatch):
-    """Only where standard output is that terminal, too; a file or a pipe gets them whole, wherever the progress is."""
+    """Only if standard output is that terminal, too; a file or a pipe gets them whole, wherever the progress is."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: both, raising=False)
     shown = Progress("tiny")
-    shown._status = Lost()
-    shown.line("[bold]100%[/]")
-    assert (shown._status.shown, capsys.readouterr().out) == (
+    shown.status = Terminal()
+    shown.print_line("[bold]100%[/]")
+    assert (shown.status.shown, capsys.readouterr().out) == (
         (["[bold]100%[/]"], "") if both else ([], "[bold]100%[/]\n")
     )
 
 
-def test_a_terminal_that_is_lost_fails_nobody(clock, monkeypatch):
-    """What waits, and what ends it, goes on: the load is not the terminal's."""
+def test_a_terminal_that_is_lost_ends_no_load(clock, monkeypatch):
+    """The load is not the terminal's: the wait, and its end, go on."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with Progress("tiny") as shown:
-        shown._status = Lost()
-        shown.show("weights")
-        shown._status.lost = True
-        shown.show("profiling")
-        shown.line("a line")
-    assert shown._status.shown == ["tiny: weights, 0 s"]
+    shown = Progress("tiny")
+    shown.status = Terminal()
+    shown.show("weights")
+    shown.status.lost = True
+    shown.show("profiling")
+    shown.print_line("a line")
+    shown.stop()
+    assert shown.status.shown == ["tiny: weights, 0 s"]
+
+
+# --- How long a load takes -------------------------------------------------------------------------------------------
+
+
+def test_the_next_load_takes_as_long_as_the_last(tmp_path):
+    """Each kind of load, which is a model on its nodes, has a time of its own."""
+    file = tmp_path / "ready.json"
+    assert expected_seconds(file, "nemotron on 10.0.0.1") is None
+    keep_seconds(file, "nemotron on 10.0.0.1", 500.04)
+    keep_seconds(file, "qwen-30b on 10.0.0.1", 900)
+    keep_seconds(file, "nemotron on 10.0.0.1", 480.26)
+    assert expected_seconds(file, "nemotron on 10.0.0.1") == 480.3
+    assert expected_seconds(file, "qwen-30b on 10.0.0.1") == 900
+    assert [file.name for file in tmp_path.iterdir()] == ["ready.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "\0", "\udcff", *(f'{{"m": {it}}}' for it in ("7", "[]", "{}", '{"seconds": []}'))]
+)
+def test_a_broken_file_is_begun_anew(text, tmp_path):
+    """No time is expected then, nothing fails, and the next load is kept."""
+    file = tmp_path / "ready.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert expected_seconds(file, "m") is None
+    keep_seconds(file, "m", 7)
+    assert expected_seconds(file, "m") == 7
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):
+    """A load that went well does not fail for want of a note."""
+    (tmp_path / "file").touch()
+    keep_seconds(tmp_path / "file/ready.json", "m", 7)
+    assert "ready.json cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+# --- Following a load ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -173,55 +216,18 @@ def settings(operator, tmp_path):
     """A model's settings, with a folder for logs."""
     (tmp_path / "node-ray").mkdir()
     shell = {"CACHE_DIR": str(tmp_path), "ENV_FILE": "", "STALL_S": "600", "VLLM_API_KEY": "sk"}
-    return resolve.load(models.find("nemotron"), {}, shell)
+    return load_settings(find_model("nemotron"), {}, shell)
 
 
 @pytest.fixture
 def folder(tmp_path, settings):
-    """Where the server's log is, and what is kept beside it."""
+    """The folder of the server's log."""
     return tmp_path / "node-ray"
-
-
-def test_the_next_load_takes_as_long_as_the_last(settings, folder):
-    """By model and nodes, in whichever order they are named; other nodes and other models have times of their own."""
-    assert ready.expected(settings, BOTH) is None
-    ready.record(settings, BOTH, 500.04)
-    ready.record(settings, BOTH[:1], 900)
-    ready.record(settings, reversed(BOTH), 480.26)
-    assert (ready.expected(settings, BOTH), ready.expected(settings, BOTH[::-1])) == (480.3, 480.3)
-    assert ready.expected(settings, BOTH[:1]) == 900
-    other = resolve.load(models.find("qwen-30b"), {}, {"CACHE_DIR": settings["CACHE_DIR"], "ENV_FILE": ""})
-    assert ready.expected(other, BOTH) is None
-    assert [file.name for file in folder.iterdir()] == ["ready.json"]
-
-
-KEY = '"nemotron on 10.0.0.1, 10.0.0.2"'
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "null", "[]", "\0", "\udcff", *(f"{{{KEY}: {it}}}" for it in ("7", "[]", "{}", '{"seconds": []}'))],
-)
-def test_a_broken_file_is_begun_anew(text, settings, folder):
-    """Nothing is expected then, nothing fails, and the next load is kept."""
-    (folder / "ready.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert ready.expected(settings, BOTH) is None
-    ready.record(settings, BOTH, 7)
-    assert ready.expected(settings, BOTH) == 7
-
-
-def test_a_folder_that_cannot_be_written_is_said(settings, folder, capsys):
-    """A load that went well does not fail for the want of a note."""
-    folder.rmdir()
-    folder.write_text("a file where the folder should be")
-    ready.record(settings, BOTH, 7)
-    assert "ready.json cannot be written (Not a directory)" in capsys.readouterr().err
-    assert ready.expected(settings, BOTH) is None
 
 
 @pytest.fixture
 def serving(monkeypatch):
-    """Whether the server runs, by its container: `serving.now`, to be changed by a test."""
+    """Whether the server runs, by its container: `serving.now`, which a test may change."""
     found = SimpleNamespace(now=True)
     monkeypatch.setattr(load.guards, "running_node", lambda _: None)
     monkeypatch.setattr(load.guards, "is_serving", lambda _: found.now)
@@ -230,29 +236,26 @@ def serving(monkeypatch):
 
 @pytest.fixture
 def loading(settings, folder, clock, serving, monkeypatch, capsys):
-    """Follows a made-up load: lines come at once, the API is up after so many looks; what was said.
+    """Follows a made-up load: its lines come at once, and the API is up after so many looks; returns what was said.
 
-    over: who shows the log has ended.
+    over: `docker exec`, which shows the log, has ended.
     """
-    monkeypatch.setattr(load, "PAUSE_S", 0)
 
     def follow(lines=(), looks=3, over=False, stay=False, shown=True):
         up = iter([False] * looks + [True])
-        monkeypatch.setattr(load, "_is_up", lambda _: next(up))
-        log = load.Log(SimpleNamespace(stdout=[f"{line}\n" for line in lines]))
-        while not log.over:
-            pass
-        log.over = over
-        with Progress("nemotron") as progress:
-            load._until_ready(settings, log, progress, shown, stay)
+        monkeypatch.setattr(Load, "is_up", lambda _: next(up))
+        followed = Load(settings, iter(lines), shown, Progress("nemotron"))
+        followed.reader.join()
+        followed.reader = SimpleNamespace(is_alive=lambda: not over)
+        followed.wait_until_up(stay)
         return capsys.readouterr()
 
     return follow
 
 
 def wrote(folder, quiet, age=1.0):
-    """The recorder's last look, `age` seconds ago, at a load that had then been quiet for so long."""
-    told = {"at": recorded.time.time() - age, "nodes": {}, "quiet": dict.fromkeys(LOAD, quiet), "silent": {}}
+    """Write the recorder's last look, `age` seconds ago, at a load that had then been quiet for so long."""
+    told = {"at": time.time() - age, "nodes": {}, "quiet": dict.fromkeys(LOAD, quiet), "silent": {}}
     (folder / "vitals.json").write_text(json.dumps(told))
 
 
@@ -263,8 +266,8 @@ def test_a_load_is_shown_as_it_goes(loading):
     assert loading([LINES[6][0]], shown=False).out == ""
 
 
-def test_a_server_that_ends_is_no_wait(loading, serving):
-    """Its last lines are what is said, and where the rest is."""
+def test_a_server_that_ends_is_not_waited_for(loading, serving):
+    """The operator gets its last lines, and is told where the rest is."""
     serving.now = False
     lines = [f"line {number}" for number in range(30)]
     with pytest.raises(Exit, match="The server has ended") as ended:
@@ -273,24 +276,24 @@ def test_a_server_that_ends_is_no_wait(loading, serving):
     assert "  line 29\nAll of it: inv logs" in ended.value.message
 
 
-def test_who_shows_the_log_may_end_before_the_server(loading):
-    """A `docker exec` that is gone is no server that has ended: its load is waited for."""
+def test_the_log_may_end_before_the_server(loading):
+    """`docker exec` is gone, and the server is not: its load is waited for."""
     out, err = loading([LINES[5][0]], looks=9, over=True)
     assert out == f"{LINES[5][0]}\n" and "ended" not in err
 
 
 def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
-    """With its phase and where to look: `up` fails, `launch` says it once and leaves it to the person."""
+    """The phase and where to look: `up` fails, `launch` says so once and leaves the decision to the operator."""
     wrote(folder, quiet=700)
-    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs;?$"):
+    with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs$"):
         loading([LINES[5][0]], looks=9)
     said = loading([LINES[5][0]], looks=9, stay=True).err
     assert said.count("STUCK in weights") == 1 and said.count(" To end it: inv stop\n") == 1
 
 
 @pytest.mark.parametrize(("quiet", "age"), [(599, 1), (9999, FRESH_S + 2), (None, 0)], ids=["slow", "stale", "nothing"])
-def test_what_nobody_can_tell_is_not_stuck(quiet, age, loading, folder):
-    """A load that is slow, a recorder that tells of long ago, or none: it is waited for."""
+def test_a_load_is_not_stuck_if_nobody_knows(quiet, age, loading, folder):
+    """A load that is slow, a recorder that tells of long ago, or none: the load is waited for."""
     if quiet:
         wrote(folder, quiet, age)
     assert "STUCK" not in loading().err
@@ -298,52 +301,43 @@ def test_what_nobody_can_tell_is_not_stuck(quiet, age, loading, folder):
 
 @pytest.mark.parametrize(("age", "said"), [(1, 0), (FRESH_S + 2, 1), (None, 1)], ids=["fresh", "stale", "nothing"])
 def test_a_load_without_a_recorder_is_said_to_be_unguarded(age, said, loading, folder, monkeypatch):
-    """Once, after it has had the time to meet every node."""
+    """Once, after the recorder has had the time to reach every node."""
     monkeypatch.setattr(load, "RECORDER_S", -1)
     if age:
         wrote(folder, 0, age)
     assert loading().err.count("nothing guards the memory. Look: inv logs") == said
 
 
-def test_the_server_before_is_not_this_one():
-    """What was seen of it goes before the next one starts: a load that has just begun is not stuck for another's."""
-    assert (
-        0
-        < server.START.index(f"rm -f {node.LOGS}/vitals.json {node.LOGS}/memory-low.json;")
-        < server.START.index("setsid")
-    )
-
-
 @pytest.fixture
 def first_request(settings, serving, monkeypatch, capsys):
-    """Sends the first request to a made-up server, which answers once its log was looked at; what was asked, said."""
+    """Sends the first request to a made-up server, which answers after a look at its log."""
     asked, looked = [], threading.Event()
 
     def send(answer, over=False):
-        monkeypatch.setattr(load.api, "generate", lambda *words: (asked.append(words), looked.wait(5), answer)[-1])
-        lines = SimpleNamespace(qsize=lambda: 0)
-        log = SimpleNamespace(new=lambda: looked.set() or [], over=over, last=["killed"], lines=lines)
-        with Progress("nemotron") as progress:
-            load._warm_up(settings, log, progress, shown=True)
+        monkeypatch.setattr(load, "generate_token", lambda *words: (asked.append(words), looked.wait(5), answer)[-1])
+        followed = Load(settings, iter(["killed"]), True, Progress("nemotron"))
+        followed.reader.join()
+        followed.reader = SimpleNamespace(is_alive=lambda: looked.set() or not over)
+        followed.warm_up()
         return asked[0], capsys.readouterr().err
 
     return send
 
 
 def test_the_first_request_is_part_of_the_load(first_request):
-    """It compiles kernels, so it is waited for, with the key, before the server counts as ready; and it is shown."""
+    """The first request compiles kernels, so it is waited for, with the key, before the server counts as ready."""
     asked, said = first_request(Answer(200, "{}", 49.0))
     assert asked == ("http://127.0.0.1:8000", "sk", load.WARM_UP_S) and said == "nemotron: first request, 0 s\n"
 
 
 def test_a_first_request_that_is_refused_fails(first_request):
-    """With what it was answered, and the next command."""
+    """With the answer, and the next command."""
     with pytest.raises(Exit, match="answered 500: no kernel image\nType: inv health"):
         first_request(Answer(500, "no kernel image", 0.1))
 
 
-def test_a_first_request_outlives_who_shows_the_log(first_request):
-    """The server is asked for, and not its reader."""
+def test_a_first_request_outlives_the_log(first_request):
+    """The server counts, and not the `docker exec` that shows its log."""
     assert "first request" in first_request(Answer(200, "{}", 49.0), over=True)[1]
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitals import recorded
-from vitals.recorded import FRESH_S, Recorded
+from cluster import recorder
+from cluster.recorder import FRESH_S, Recorded
 
 NOW = 1_700_000_000.0
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
@@ -17,15 +17,15 @@ VITALS = {"at": NOW - 2, "nodes": {HEAD: {"ranks": 2}, WORKER: None}, "quiet": S
 @pytest.fixture
 def vitals(monkeypatch, tmp_path):
     """The recorder's folder, which is a folder of this test."""
-    monkeypatch.setattr(recorded.node, "logs", lambda _: tmp_path)
-    monkeypatch.setattr(recorded, "time", SimpleNamespace(time=lambda: NOW))
+    monkeypatch.setattr(recorder, "log_folder", lambda _: tmp_path)
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(time=lambda: NOW))
     return tmp_path
 
 
 def test_what_the_recorder_wrote_is_read(vitals):
     """The file tells its age, how many ranks live, and for how many seconds each thing has not moved."""
     (vitals / "vitals.json").write_text(json.dumps(VITALS))
-    found = recorded.read({})
+    found = recorder.read_recorded({})
     assert (found.age, found.fresh, found.ranks) == (2, True, 2)
     assert (found.quiet("cpu"), found.quiet("memory"), found.quiet("cpu", "memory")) == (7, 5, 5)
 
@@ -33,7 +33,7 @@ def test_what_the_recorder_wrote_is_read(vitals):
 def test_what_nobody_looked_at_has_not_been_quiet(vitals):
     """A thing that the recorder did not look at counts as moving; `server` is not `server_cpu`."""
     (vitals / "vitals.json").write_text(json.dumps(VITALS))
-    found = recorded.read({})
+    found = recorder.read_recorded({})
     assert (found.quiet("gpu"), found.quiet("waiting"), found.quiet("server"), found.quiet()) == (0, 0, 0, 0)
 
 
@@ -48,4 +48,4 @@ def test_what_the_recorder_did_not_write_is_none(text, vitals):
     """No file, half a file and another file are unknown, without a traceback."""
     if text is not None:
         (vitals / "vitals.json").write_text(text)
-    assert recorded.read({}) is None
+    assert recorder.read_recorded({}) is None

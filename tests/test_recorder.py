@@ -15,9 +15,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from cluster.recorder import Recorded
+from cluster.recorder import LOAD, WORK, Recorded
 from cluster.repository import ROOT
-from vitals.judge import LOAD, WORK
 
 GIB = 2**30
 BOTH = ("10.0.0.1", "10.0.0.2")

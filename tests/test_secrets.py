@@ -93,7 +93,7 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
     (tmp_path / "docker").chmod(0o755)
     operator.setenv("SEEN", str(tmp_path / "seen"))
     env_file.write_text(f"HF_TOKEN={HF}\nVLLM_API_KEY={KEY}\n")
-    operator.setattr("vitals.load.PAUSE_S", 0.005)
+    operator.setattr("cluster.load.PAUSE_S", 0.005)
     operator.setattr("cluster.guards.before_launch", lambda settings: None)
     operator.setattr("cluster.guards.running_node", lambda what_next: None)
     operator.setattr("cluster.guards.is_serving", lambda head: False)

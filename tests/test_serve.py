@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from cluster.command import run
+from cluster.server import ask_server, server_runs, stop_command
 
 SCRIPT = Path(__file__).resolve().parent.parent / "cluster/inside/serve.sh"
 PR_SET_CHILD_SUBREAPER = 36
@@ -155,6 +159,19 @@ def test_a_stop_ends_the_server(fed, serve, quick, tmp_path):
     stopped = serve("stop", fed=fed, PATH=quick)
     assert (stopped.returncode, stopped.stderr) == (0, "") and not runs(server(tmp_path))
     assert "cleaned up" in (tmp_path / "serve.log").read_text() and not (tmp_path / "serve.words").exists()
+
+
+def test_the_host_stops_a_server_without_the_mount(serve, operator, tmp_path):
+    """In a container of an earlier version there is no serve.sh: what the host types brings it along."""
+    (tmp_path / "docker").write_text('#!/bin/bash\nuntil [ "$1" = /bin/bash ]; do shift; done; exec "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    for name, value in (("PATH", f"{tmp_path}:{os.environ['PATH']}"), ("SERVE_PID", f"{tmp_path}/serve.pid")):
+        operator.setenv(name, value)
+    serve("start", "sleep", "60", "0")
+    head = SimpleNamespace(name="node-ray")
+    assert ask_server(head).alive and ask_server(head).words == ("sleep", "60", "0")
+    run(stop_command(), whole=True)
+    assert not server_runs(head) and ask_server(head) is None and not runs(server(tmp_path))
 
 
 def test_a_server_that_does_not_listen_is_killed(serve, quick, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from cluster import status
 from cluster.agreement import Node
 from cluster.health import GIB, Seen, State, Verdict
-from vitals.served import Served
+from cluster.server import Served
 
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
 FACTS = {

@@ -20,7 +20,6 @@ from cluster.models import find_model
 from cluster.node import Network
 from cluster.recorder import Recorded
 from cluster.settings import load_settings
-from vitals import served
 
 ID = "0123456789abcdef" * 4
 NET = Network("10.0.0.1", ("rocep1s0f0",), ("enp1s0f0np0",))
@@ -130,7 +129,7 @@ def site(operator, tmp_path):
         (check, "tell_inspection", lambda *_: None),
         (server, "prepare", lambda _: made.step("prepare")),
         (server, "begin", begin),
-        (served, "ask", lambda _: made.serving),
+        (server, "ask_server", lambda _: made.serving),
         (recorder, "read_recorded", lambda _: made.seen),
         (load, "follow_load", lambda *_, **__: made.step("follow")),
         (engine, "node_container", container),

@@ -4,19 +4,18 @@ import os
 import shlex
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from invoke import Exit
 
-from cluster import image, links, node, plan, server, up
-from cluster.command import ENDINGS, LOG_BYTES, Command, words_of
+from cluster import health, image, links, load, node, plan, server, up
+from cluster.command import ENDINGS, Command, words_of
 from cluster.models import find_model
+from cluster.node import CONTAINER
+from cluster.repository import ROOT
 from cluster.settings import Settings, load_settings
-from vitals import health, load
 
 STUB = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; env -0; printf '\\1\\0'; } >>"$CALLS"
@@ -110,7 +109,11 @@ def test_hostile_values_reach_the_programs_as_they_are(value, inv, pasted, calls
 
 @pytest.mark.parametrize(
     ("line", "commands"),
-    [("stop", [server.stop()]), ("cleanup", [node.removal_command()]), ("health", [health.gpu(), health.gpu_inside()])],
+    [
+        ("stop", [server.stop_command()]),
+        ("cleanup", [node.removal_command()]),
+        ("health", [health.gpu_command(), health.gpu_command(CONTAINER)]),
+    ],
 )
 def test_short_commands_paste_as_they_are(line, commands, inv, pasted, calls):
     """The lines of stop, cleanup and health start one program each, and nothing around it."""
@@ -141,23 +144,23 @@ def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp
     (asked,) = (words_of(lines) for lines in container.asks.values())
     _check([folders, *rest], [(words, env) for words, env in calls() if words != asked])
     _check([container], [(words[1:], env) for words, env in calls("calls.behind")])
-    assert [command.words[0] for command in rest] == [*["ssh"] * 3, *["docker"] * 4]
+    assert [command.words[0] for command in rest] == [*["ssh"] * 3, *["docker"] * 3]
     pasted(inv("--dry down", **shell).out)
     _check(up.down_commands(settings), calls())
 
 
 def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
-    """Launch starts what its dry text says, in that order: fetch, copy the recorder, serve, record, follow."""
+    """Launch starts what its dry text says, in that order: fetch, serve, record, follow."""
     pasted(inv("--dry launch --model nemotron").out)
     from_paste = calls()
     monkeypatch.setattr(load, "PAUSE_S", 0.005)
     monkeypatch.setattr(load.guards, "running_node", lambda _: None)
     monkeypatch.setattr(load.guards, "is_serving", lambda _: False)
     with pytest.raises(Exit, match="The server has ended"):
-        load.launch(_settings("nemotron", sysfs(), **KEYS), ["10.0.0.1"], detached=False)
+        load.launch_model(_settings("nemotron", sysfs(), **KEYS), ["10.0.0.1"], detached=False)
     really = calls()
     assert [words for words, _ in really] == [words for words, _ in from_paste]
-    assert [words[-1] for words, _ in really][-1] == "bash"
+    assert [words[-1] for words, _ in really][-1] == "follow"
     for words, env in [*from_paste, *really]:
         assert {name: env[name] for name in KEYS if name in words} == {
             name: KEYS[name] for name in KEYS if name in words
@@ -178,47 +181,12 @@ def test_a_signal_while_the_server_starts_waits_for_its_recorder(number, stubs, 
     assert [words for words, _ in calls()] == [command.words for command in commands]
 
 
-@pytest.fixture
-def begin(tmp_path) -> Iterator[Callable[[str], None]]:
-    """Starts a bash script as a server in this folder, by the real script with its minute and 64 MiB shortened."""
-    script = server.START.replace(server.PID, f"{tmp_path}/pid").replace(server.WORDS, f"{tmp_path}/words")
-    script = script.replace(node.LOGS, str(tmp_path)).replace("timeout 60", "timeout 0.1")
-    script = script.replace(str(LOG_BYTES), "20000")
-    groups = []
-
-    def start(serves: str) -> None:
-        # A group of its own: where nobody reaps the server, the loop that cuts its log would wait for it for ever.
-        child = subprocess.Popen(["bash", "-c", script, "bash", "bash", "-c", serves], process_group=0)
-        groups.append(child.pid)
-        assert child.wait(10) == 0
-
-    yield start
-    groups += [int(file.read_text()) for file in tmp_path.glob("pid")]
-    for group in groups:
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-
-
-@pytest.mark.rehearsal
-def test_the_servers_log_is_cut_and_the_last_of_it_kept(begin, tmp_path):
-    """As long as the server lives its log stays small, and what was in it is kept; of the one before nothing is."""
-    log, old = tmp_path / "serve.log", tmp_path / "serve.log.1"
-    (tmp_path / "vitals.json").write_text("what was seen of the server before")
-    begin("for n in {1..5000}; do echo $n; (( n % 50 )) || sleep 0.03; done; exec sleep 60")
-    assert (tmp_path / "words").read_text().startswith("bash\n-c\nfor") and not (tmp_path / "vitals.json").exists()
-    until = time.monotonic() + 30
-    while not old.exists() or "5000" not in log.read_text().split() + old.read_text().split():
-        assert time.monotonic() < until and log.stat().st_size < 100_000
-        time.sleep(0.05)
-    assert log.stat().st_size < 20_000 <= old.stat().st_size and old.read_text().startswith("1\n2\n")
-
-
-def test_a_secret_that_is_missing_stops_the_paste(inv, stubs, calls):
+def test_a_secret_that_is_missing_stops_the_paste(inv, stubs, tmp_path):
     """Pasted without the keys, a launch starts no server: `: "${NAME:?}"` comes first."""
     text = inv("--dry launch --model qwen-30b").out
     done = subprocess.run(["bash"], input=text.encode(), stderr=subprocess.PIPE, check=False)
     assert done.returncode and b"VLLM_API_KEY" in done.stderr
-    assert [words for words, _ in calls()] == [server.recorder_there().words]
+    assert not (tmp_path / "calls").exists()
 
 
 def test_nothing_in_invokes_own_environment_changes_the_text(inv, real_run):
@@ -227,12 +195,10 @@ def test_nothing_in_invokes_own_environment_changes_the_text(inv, real_run):
     assert real_run.stdout == "".join(inv(f"--dry {line}").out for line in lines)
 
 
-def test_stop_with_nothing_to_stop_does_not_claim_to_have_killed(tmp_path):
-    """The script in the container is honest where no server was recorded, or the one recorded has ended by itself."""
-    pid = tmp_path / "pid"
-    for recorded in (None, "4194305"):  # no process: beyond the kernel's highest id
-        if recorded:
-            pid.write_text(recorded)
-        script = server.STOP.replace(server.PID, str(pid)).replace(server.WORDS, str(tmp_path / "words"))
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-        assert "killed" not in done.stderr
+def test_stop_gives_the_container_the_script(stubs, pasted, inv, operator, tmp_path):
+    """A container of an earlier version does not have serve.sh, so it comes through standard input, pasted or run."""
+    (stubs / "docker").write_text(f"#!/bin/sh\ncat >>{tmp_path}/given\n")
+    operator.setattr("cluster.guards.before_stop", lambda: None)
+    pasted(inv("--dry stop").out)
+    assert inv("stop").code == 0
+    assert (tmp_path / "given").read_text() == 2 * (ROOT / "cluster/inside/serve.sh").read_text()
