@@ -7,17 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checks import demand as demands
-from checks import fabric, footprint, gates, image, limits, memory, nodes, options, rules
-from checks.fields import CannotKnow
+from checks import fabric, gates, image, nodes, rules
 from checks.finding import Finding
-from checks.memory import Budget, Host
 from checks.nodes import Node, Unknown
 from checks.options import Known
 from cluster import node, server
-from command import template
+from cluster.memory import SPARK, Budget, NodeMemory, memory_budgets
 from host import engine
-from settings.models import ROOT
 from settings.resolve import Settings
 
 if TYPE_CHECKING:
@@ -43,7 +39,7 @@ def inspect(settings: Settings, head: Container) -> Inspection:
     known = image.known(head, settings)
     settings, said, found = gated(settings, head, known)
     asked = nodes.ask(head, settings.forward)
-    budgets, unfit = reckon(settings, [_memory(one) for one in asked], known.vllm, _cache(settings))
+    budgets, unfit = memory_budgets(settings, [_memory(one) for one in asked], known.vllm, _cache(settings))
     return Inspection(settings, asked, budgets, [*rules.findings(asked, settings), *unfit, *found], said)
 
 
@@ -67,26 +63,8 @@ def proved(found: Inspection, head: Container) -> Inspection:
 
 def foresee(settings: Settings) -> Inspection:
     """The arithmetic for a Spark as the article had two, where nobody is asked."""
-    budgets, unfit = reckon(settings, [memory.SPARK], _VLLM, None)
+    budgets, unfit = memory_budgets(settings, [SPARK], _VLLM, None)
     return Inspection(settings, (), budgets, unfit)
-
-
-def reckon(
-    settings: Settings, hosts: Sequence[Host], vllm: str, cache: Path | None
-) -> tuple[list[Budget], list[Finding]]:
-    """Each host's memory with the model on it, and what is wrong with it; what cannot be known is refused."""
-    model = settings.model
-    words = template.words(template.render(model.serve, **server.values(settings)))
-    try:
-        asked = demands.read(words, options.version(vllm))
-        profile = ROOT / model.folder / f"{model.size}.json"
-        shape, taken, _ = footprint.load(profile, cache, settings["MODEL_CKPT"])
-        budgets = [memory.budget(shape, taken, asked, host) for host in hosts]
-    except CannotKnow as error:
-        return [], [Finding("memory-unknown", f"What {model.name} takes of memory cannot be reckoned: {error}")]
-    floor, warn, most = (float(settings[name]) for name in ("MEM_FLOOR_GIB", "MEM_WARN_GIB", "GPU_MEM_UTIL_MAX"))
-    allowed = limits.Limits(warn, floor, most, launch_line(settings))
-    return budgets, [found for budget in budgets for found in limits.findings(budget, allowed)]
 
 
 def launch_line(settings: Settings) -> str:
@@ -94,11 +72,11 @@ def launch_line(settings: Settings) -> str:
     return f"inv launch --model {settings.model.name}"
 
 
-def _memory(asked: Node) -> Host:
+def _memory(asked: Node) -> NodeMemory:
     told = asked["memory"]
     if isinstance(told, Unknown):
-        return Host(asked.address, None, None)
-    return Host(asked.address, told["MemTotal"], told["MemAvailable"])
+        return NodeMemory(asked.address, None, None)
+    return NodeMemory(asked.address, told["MemTotal"], told["MemAvailable"])
 
 
 def _cache(settings: Settings) -> Path:

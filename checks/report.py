@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from invoke import Exit
 
-from checks import memory
 from checks.finding import Finding
 from checks.inspection import Inspection
+from cluster import memory
 from command.command import say
 
 
@@ -39,7 +39,7 @@ def as_json(found: Inspection) -> str:
             "model": found.settings.model.name if found.settings.model else None,
             "nodes": [{"address": node.address, "hostname": node.hostname, **node.facts} for node in found.nodes],
             "memory": [
-                {"node": one.host.name, "reserved": one.reservation, "available": one.host.available, "left": one.left}
+                {"node": one.node.name, "reserved": one.reservation, "available": one.node.available, "left": one.left}
                 for one in found.budgets
             ],
             "findings": [{"rule": one.rule, "refuses": one.refuses, "text": one.text} for one in found.findings],
@@ -66,10 +66,10 @@ RULES = (
 
 def _table(found: Inspection) -> list[str]:
     """One column of GiB for each node."""
-    columns = [memory.rows(budget) for budget in found.budgets]
+    columns = [memory.budget_rows(budget) for budget in found.budgets]
     if not columns:
         return []
-    lines = [f"{'GiB':<52}" + "".join(f"{budget.host.name:>12}" for budget in found.budgets)]
+    lines = [f"{'GiB':<52}" + "".join(f"{budget.node.name:>12}" for budget in found.budgets)]
     for row in zip(*columns, strict=True):
         lines.append(f"{row[0][0]:<52}" + "".join(f"{amount:>12}" for _, amount in row))
     return lines

@@ -5,7 +5,8 @@ modules that stand before it here. CONTRIBUTING.md says in a line each what they
     links engine token node                          one node: its links, its Docker, its container with Ray
     image server plan guards cleanup                 the image, the server in the container, refusals, leftovers
     recorder                                         what every node's recorder has seen
-    finding memory options agreement fabric check    what is found out before a model is loaded
+    finding kv_cache memory options agreement        what is found out before a model is loaded
+    fabric check                                     the same, with the fabric, in one report
     api load health status watch                     what is asked while a model loads and serves
     up                                               all nodes from one terminal
 

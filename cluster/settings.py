@@ -260,6 +260,11 @@ class ModelSettings(Settings):
 
     model: Model
 
+    @property
+    def launch_line(self) -> str:
+        """The command that a person types to launch this model."""
+        return f"inv launch --model {self.model.name}"
+
 
 class Source(NamedTuple):
     """One place that settings come from. `own`: the operator wrote it."""

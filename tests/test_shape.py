@@ -1,59 +1,60 @@
-"""A model's shape and the size of its weights: read where they stand, never guessed."""
+"""A model's shape and the size of its weights are read from files, and never guessed."""
 
 import json
 
 import pytest
 
-from checks import footprint, shape
-from checks.fields import ATTENTION, STATE, CannotKnow
-from checks.footprint import GIB
+from cluster.finding import GIB, CannotKnow
+from cluster.kv_cache import ATTENTION, STATE, read_shape
+from cluster.memory import checkpoint_folder, read_model
+from cluster.models import known_models
+from cluster.repository import ROOT
 from rehearsal import model as tiny
-from settings.models import ROOT, known
 
 NEMOTRON = json.loads((ROOT / "nemotron/120b.json").read_text())["config"]
 QWEN = json.loads((ROOT / "qwen/122b.json").read_text())["config"]
 PLAIN = json.loads((ROOT / "qwen/30b.json").read_text())["config"]
 
 
-@pytest.mark.parametrize("model", known().values(), ids=known())
+@pytest.mark.parametrize("model", known_models().values(), ids=known_models())
 def test_every_profile_has_a_shape_with_sources(model):
-    """A model's JSON can be read by itself, and says where each measured value comes from."""
+    """The JSON file beside a profile is enough, and gives the source of each measured value."""
     file = ROOT / model.folder / f"{model.size}.json"
     kept = json.loads(file.read_text())
-    footprint.load(file, None, "a/b")
+    read_model(file)
     assert kept.keys() - kept["_source"].keys() == {"_source", "_unverified"}
     assert set(kept["_unverified"]) <= kept.keys() | kept["config"].keys()
 
 
-def test_the_tiny_model_is_the_one_that_is_written():
-    """What stands beside the rehearsal's profile is what rehearsal/model.py writes."""
+def test_the_rehearsals_model_is_the_one_that_is_written():
+    """The JSON file beside the rehearsal's profile agrees with the config.json that rehearsal/model.py writes."""
     kept = json.loads((ROOT / "rehearsal/tiny.json").read_text())["config"]
     assert kept.items() <= tiny.config().items()
 
 
 def test_nemotron_is_forty_mamba_layers_and_eight_of_attention():
-    """The pattern's letters count; MTP adds one attention layer."""
-    found = shape.read(NEMOTRON, "config.json")
+    """The letters of the pattern are counted. MTP adds one attention layer."""
+    found = read_shape(NEMOTRON)
     assert (len(found.layers), found.layers.count(STATE), found.layers.count(ATTENTION)) == (88, 40, 8)
     assert found.mtp.count(ATTENTION) == 1
-    assert found.state.dtype == "float32"
+    assert found.state.element == 4
 
 
 def test_newer_names_of_the_same_model_say_the_same():
-    """transformers 5 writes lists of words where older ones wrote a pattern, and dtype for torch_dtype."""
+    """transformers 5 writes a list of words for the older pattern, and dtype for torch_dtype."""
     words = {"M": "mamba", "*": "full_attention", "E": "moe"}
     newer = dict(NEMOTRON, layers_block_type=[words[letter] for letter in NEMOTRON["hybrid_override_pattern"]])
     newer |= {"mtp_layers_block_type": ["attention", "moe"], "dtype": "bfloat16"}
     for name in ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "torch_dtype"):
         del newer[name]
-    assert shape.read(newer, "config.json") == shape.read(NEMOTRON, "config.json")
+    assert read_shape(newer) == read_shape(NEMOTRON)
 
 
-def test_a_vision_model_is_what_its_text_config_says():
-    """Qwen3.5's layers by interval, by name and nested are one shape."""
+def test_a_vision_model_has_its_shape_in_text_config():
+    """Qwen3.5's layers by interval, by name and nested are the same shape."""
     named = dict(QWEN, layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 12)
     nested = {"model_type": "qwen3_5_moe", "vision_config": {"hidden_size": 1}, "text_config": named}
-    assert shape.read(nested, "config.json") == shape.read(QWEN, "config.json")
+    assert read_shape(nested) == read_shape(QWEN)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +82,27 @@ def test_a_vision_model_is_what_its_text_config_says():
                 ("mtp_hybrid_override_pattern", None),
             ]
         ),
-        QWEN | {"layer_types": ["full_attention"]},
+        QWEN | {"layer_types": ["convolution"]},
         QWEN | {"full_attention_interval": 0},
         PLAIN | {"use_sliding_window": True, "sliding_window": 4096},
         PLAIN | {"sliding_window": 4096},
     ],
     ids=repr,
 )
-def test_what_is_not_known_is_said(config):
-    """An unknown architecture and a value of the wrong form raise, and name file or field."""
-    with pytest.raises(CannotKnow, match=r"config\.json"):
-        shape.read(config, "config.json")
+def test_a_config_that_is_not_understood_is_refused(config, snapshot):
+    """An unknown architecture and a value of the wrong form end in one sentence that names the file."""
+    (snapshot / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CannotKnow, match=r"/config\.json is not understood: [^\n]+\.$"):
+        load(snapshot)
+
+
+@pytest.mark.parametrize("key", ["n_groups", "num_attention_heads", "hybrid_override_pattern", "torch_dtype"])
+def test_the_refusal_names_the_key(key, snapshot):
+    """A key that is missing and a key with a wrong value are named."""
+    for wrong in ({name: value for name, value in NEMOTRON.items() if name != key}, NEMOTRON | {key: {}}):
+        (snapshot / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(CannotKnow, match=key):
+            load(snapshot)
 
 
 @pytest.fixture
@@ -105,34 +116,32 @@ def snapshot(tmp_path):
 
 
 def load(snapshot, checkpoint="a/b"):
-    """What the gate makes of that cache, with Nemotron's profile beside it."""
-    return footprint.load(ROOT / "nemotron/120b.json", snapshot.parents[3], checkpoint)
+    """Read a model out of that cache, with Nemotron's JSON file beside it."""
+    return read_model(ROOT / "nemotron/120b.json", checkpoint_folder(snapshot.parents[3], checkpoint))
 
 
-def test_the_cache_is_believed_before_the_profile(snapshot):
+def test_the_cache_counts_before_the_profile(snapshot):
     """config.json and the index of the weights come from the snapshot that refs/main names."""
     (snapshot / "config.json").write_text(json.dumps(PLAIN))
     index = {"metadata": {"total_size": 5 * GIB}, "weight_map": {"mtp.layers.0.norm": "x"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    found, weights, source = load(snapshot)
-    assert found == shape.read(PLAIN, "")
-    assert (weights.weights, weights.mtp_weights) == (5 * GIB, 0)
-    assert source == str(snapshot / "config.json") and weights.source.startswith(str(snapshot))
+    found, measured = load(snapshot)
+    assert found == read_shape(PLAIN)
+    assert (measured["weights"], measured["mtp_weights"]) == (5 * GIB, 0)
 
 
-def test_an_empty_cache_leaves_it_to_the_profile(snapshot):
-    """A snapshot without files, and another checkpoint, come to what stands beside the profile."""
+def test_the_profile_counts_where_the_cache_has_nothing(snapshot):
+    """For a snapshot without files and for another checkpoint the JSON file beside the profile is read."""
     for checkpoint in ("a/b", "c/d", "../..", "/nowhere"):
-        found, weights, source = load(snapshot, checkpoint)
-        assert found == shape.read(NEMOTRON, "") and source.endswith("nemotron/120b.json")
-        assert weights.weights == int(70.2 * GIB)
+        found, measured = load(snapshot, checkpoint)
+        assert found == read_shape(NEMOTRON) and measured["weights"] == int(70.2 * GIB)
 
 
 def test_a_folder_by_its_path_in_the_container(snapshot):
-    """A MODEL_CKPT below the container's cache is a folder of this host's."""
+    """A MODEL_CKPT below the container's cache is a folder of this host."""
     (snapshot / "config.json").write_text(json.dumps(PLAIN))
     place = snapshot.relative_to(snapshot.parents[3])
-    assert load(snapshot, f"/root/.cache/huggingface/{place}")[0] == shape.read(PLAIN, "")
+    assert load(snapshot, f"/root/.cache/huggingface/{place}")[0] == read_shape(PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,7 @@ def test_a_folder_by_its_path_in_the_container(snapshot):
     ],
 )
 def test_a_broken_file_is_no_reason_to_guess(snapshot, file, text):
-    """A file that is there and cannot be read raises, and is not passed over for the profile."""
+    """A file that exists and is not understood raises, and the profile does not replace it."""
     (snapshot / file).write_text(text)
     with pytest.raises(CannotKnow):
         load(snapshot)

@@ -1,8 +1,8 @@
-"""Ask vLLM's own get_kv_cache_configs how it would cut a cache: runs inside an image with vLLM, without a GPU.
+"""Ask vLLM's own get_kv_cache_configs for the blocks of a cache. This runs in an image with vLLM, without a GPU.
 
-A JSON list of cases on standard input, a list of {"block", "blocks", "needed", "concurrency"} on standard output.
-Layers, heads and states are handed to vLLM's own specs and state shapes; the block is the only line that is reckoned
-here, after platforms/interface.py (_align_hybrid_block_size), which needs a CUDA platform to run.
+Standard input is a JSON list of cases, standard output a list of {"block", "blocks", "concurrency", "tokens"}. Layers,
+heads and states go into vLLM's own specs and state shapes. Only the size of a block is computed here, as in
+_align_hybrid_block_size of platforms/interface.py, which needs a CUDA platform to run.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 
 def layers(case: dict) -> dict:
-    """The spec of every layer that has a cache, by name and in the model's order."""
+    """Return the spec of every layer that has a cache, by name and in the order of the model."""
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
@@ -23,20 +23,20 @@ def layers(case: dict) -> dict:
     block, state = 16, None
     if case["state"]:
         state = {"shapes": shapes(case), "dtypes": (torch.bfloat16, getattr(torch, case["state_dtype"]))}
-        step = lcm(case["chunk"], 16) if case["mode"] == "all" else 16
+        step = lcm(case["state"]["chunk"], 16) if case["mode"] == "all" else 16
         block = step * ceil(MambaSpec(block_size=-1, **state).page_size_bytes / (step * token))
         each = case["length"] if case["mode"] == "none" else block
         state |= {"block_size": each, "page_size_padded": block * token, "mamba_cache_mode": case["mode"]}
-        state |= {"num_speculative_blocks": case["speculative"]}
+        state |= {"num_speculative_blocks": case["drafts"]}
     make = {"attention": lambda: FullAttentionSpec(block_size=block, **sizes), "state": lambda: MambaSpec(**state)}
     return {f"layer.{index}": make[kind]() for index, kind in enumerate(case["layers"]) if kind in make}
 
 
 def shapes(case: dict) -> tuple:
-    """The two shapes of one layer's state, by vLLM's own calculator."""
+    """Return the two shapes of one layer's state, by vLLM's own calculator."""
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Calculator
 
-    state, tp, drafted = case["state"], case["tp"], case["speculative"]
+    state, tp, drafted = case["state"], case["tp"], case["drafts"]
     if case["family"] == "mamba2":
         width = state["heads"] * state["head_dim"]
         sizes = [state[name] for name in ("groups", "heads", "head_dim", "columns", "kernel")]
@@ -46,12 +46,10 @@ def shapes(case: dict) -> tuple:
 
 
 def answer(case: dict) -> dict:
-    """What vLLM makes of one case: `main` layers dealt out to `pp` stages, and MTP's on the last one."""
-    from vllm.distributed.utils import get_pp_indices
+    """Return the blocks that vLLM makes for one case."""
     from vllm.v1.core import kv_cache_utils as own
 
-    length, pp = case["length"], case["pp"]
-    ends = [get_pp_indices(case["main"], stage, pp)[1] for stage in range(pp - 1)]
+    length = case["length"]
     none = {"disable_hybrid_kv_cache_manager": False, "num_gpu_blocks_override": None}
     config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=length, original_max_model_len=length),
@@ -74,25 +72,21 @@ def answer(case: dict) -> dict:
         kv_transfer_config=None,
     )
     specs = layers(case)
-    ranks = [
-        {name: spec for name, spec in specs.items() if sum(end <= int(name[6:]) for end in ends) == stage}
-        for stage in range(pp)
-    ]
-    found = own.get_kv_cache_configs(config, ranks, [case["bytes"]] * len(ranks))
+    found = own.get_kv_cache_configs(config, [specs], [case["bytes"]])
     times = own.get_max_concurrency_for_kv_cache_config(config, found[0])
     block = next(spec.block_size for name, spec in specs.items() if case["layers"][int(name[6:])] == "attention")
     return {"block": block, "blocks": found[0].num_blocks, "concurrency": times, "tokens": int(times * length)}
 
 
 def memory_order() -> object:
-    """Layer by layer, then block by block: how 0.21 always lays a cache out, and newer ones mostly."""
+    """Layer by layer, then block by block: version 0.21 always does so, and newer ones mostly."""
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
     return KVCacheLayout.LBNHC
 
 
 def asked(case: dict) -> dict:
-    """An answer, or why vLLM refused."""
+    """Return the answer, or the reason why vLLM refused."""
     try:
         return answer(case)
     except ValueError as refusal:
