@@ -79,14 +79,14 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     parser.add_argument("--enable-prefix-caching", dest="prefix", action=switch, default=vllm > (0, 21, 0))
     parser.add_argument("--mamba-cache-mode", dest="mode", choices=("none", "align", "all"), default="none")
     parser.add_argument("--enforce-eager", dest="eager", action=switch, default=False)
-    parser.add_argument("--data-parallel-size", "-dp", dest="other", choices=("1",))
-    parser.add_argument("--dtype", dest="other", choices=("auto", "bfloat16", "float16", "half"))
+    parser.add_argument("--data-parallel-size", "-dp", dest="other", type=_only("1"))
+    parser.add_argument("--dtype", dest="other", type=_only("auto", "bfloat16", "float16", "half"))
     for option in NOT_COMPUTED:
-        parser.add_argument(option, dest="other", nargs="*", choices=("0",))
+        parser.add_argument(option, dest="other", nargs="*", type=_only("0"))
     try:
         known, unknown = parser.parse_known_args([_dashed(word) for word in words])
     except argparse.ArgumentError as error:
-        raise CannotKnow(f"Not computed for this line: {error}.") from None
+        raise CannotKnow(f"In the `vllm serve` line, {error}.") from None
     if any(word.startswith("--speculative-config.") for word in unknown):
         raise CannotKnow("--speculative-config is given in parts, which are not read here.")
     if not known.length or not 0 < known.utilization <= 1:
@@ -100,6 +100,15 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
+def _only(*harmless: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in harmless:
+            raise argparse.ArgumentTypeError(f"the effect of {text!r} on memory is not computed")
+        return text
+
+    return read
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
@@ -108,10 +117,13 @@ def _positive(text: str) -> int:
 
 def _drafts(text: str) -> int:
     """Return the number of tokens that MTP drafts. Any other method loads a model of unknown size."""
-    config = json.loads(text)
-    if not isinstance(config, dict) or config.get("method") != "mtp":
-        raise argparse.ArgumentTypeError("only MTP is computed here")
-    return json_field(config, "num_speculative_tokens", read=_number)
+    try:
+        config = json.loads(text)
+        if config["method"] == "mtp":
+            return json_field(config, "num_speculative_tokens", read=_number)
+    except (ValueError, LookupError, TypeError):
+        pass  # refused below, as another method is
+    raise argparse.ArgumentTypeError("this is not MTP with its number of tokens, and its memory is not computed")
 
 
 # --- The shape of a model --------------------------------------------------------------------------------------------
@@ -280,7 +292,7 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     attention, states = layers.count(ATTENTION), layers.count(STATE)
     if not attention or shape.heads % demand.tp or (shape.kv_heads % demand.tp and demand.tp % shape.kv_heads):
         raise CannotKnow(
-            f"--tensor-parallel-size {demand.tp} cannot divide {attention} layers with {shape.heads} heads, and "
+            f"--tensor-parallel-size {demand.tp} cannot divide {attention} attention layers of {shape.heads} heads, and "
             f"{shape.kv_heads} heads for keys and values."
         )
     # Every rank has one head for keys and values at least.

@@ -152,7 +152,7 @@ def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node:
 def budget_rows(budget: Budget) -> list[tuple[str, str]]:
     """Return the computation for one node as rows of a table: a label, and a size in GiB."""
     node, layout, length = budget.node, budget.layout, budget.demand.length
-    cache = [("KV cache: not computed", in_gib(budget.cache))]
+    cache = [("KV cache (its tokens are not computed)", in_gib(budget.cache))]
     if layout:
         times = max(budget.cache, 0) // layout.block_bytes / layout.needed(length)
         cache = [

@@ -273,7 +273,7 @@ def test_pipeline_parallelism_is_warned_of():
     full = replace(SPARK, available=int(60 * GIB))
     budgets, found = memory_budgets(settings(PP_SIZE="2"), [SPARK, full], "0.21.0", None)
     assert [(finding.rule, finding.refuses) for finding in found] == [("memory-unknown", False), ("memory-floor", True)]
-    assert ("KV cache: not computed", budget_rows(budgets[0])[3][1]) == budget_rows(budgets[0])[3]
+    assert ("KV cache (its tokens are not computed)", budget_rows(budgets[0])[3][1]) == budget_rows(budgets[0])[3]
 
 
 # --- The line --------------------------------------------------------------------------------------------------------
