@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -246,18 +247,15 @@ def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdic
     Raises Exit on a worker, which does not know the whole cluster, and where Docker does not answer.
     """
     head = node_container()
-    runs = head is not None and head.status == "running"
-    if runs:
-        is_head(head)
-    with ThreadPoolExecutor() as pool:
-        asked = {"GPU on the host": pool.submit(_ask_gpu, None)}
-        if runs:
-            asked["GPU in the container"] = pool.submit(_ask_gpu, CONTAINER)
-        seen = _ask_head(settings, head, nodes) if runs else Seen()
-        seen = replace(seen, gpus={place: answer.result() for place, answer in asked.items()})
-    if not runs:
+    if head is None or head.status != "running":
         why = f"No {CONTAINER} runs on this node."
+        seen = Seen(gpus={"GPU on the host": _ask_gpu()})
         return Verdict(State.NOT_RUNNING, why, "inv up --model NAME, or: inv head"), seen
+    is_head(head)
+    with ThreadPoolExecutor() as pool:
+        asked = {"GPU on the host": pool.submit(_ask_gpu), "GPU in the container": pool.submit(_ask_gpu, CONTAINER)}
+        seen = _ask_head(settings, head, nodes)
+        seen = replace(seen, gpus={place: answer.result() for place, answer in asked.items()})
     hang, stall, warn = (float(settings[name]) for name in ("HANG_S", "STALL_S", "MEM_WARN_GIB"))
     return judge(seen, hang=hang, stall=stall, warn=warn), seen
 
@@ -268,35 +266,32 @@ def gpu_command(container: str | None = None) -> Command:
 
 
 def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) -> Seen:
-    """Ask the server and its recorder; ask Ray only if these two leave a doubt, because that takes seconds."""
     server = ask_server(head)
-    seen = Seen(server, nodes)
-    if server and server.alive:
-        seen = _ask_for_token(settings, seen, server.url)
-    # The recorder's file is read after the wait for the token: the ranks' work meanwhile counts.
-    seen = replace(seen, recorded=read_recorded(settings) if server else None)
-    every_node_answered = seen.fresh is not None and len(seen.facts) == len(seen.fresh.nodes)
-    engine_died = seen.answer is not None and (seen.answer.status or 0) >= 500
-    if nodes is not None:
-        return seen
-    if server and server.alive and every_node_answered and not engine_died:
-        return replace(seen, nodes=list(seen.facts))
-    try:
-        return replace(seen, nodes=[node.address for node in ask_nodes(head)])
-    except Exit:
-        return seen
+    if server is None or not server.alive:
+        seen = Seen(server, nodes, read_recorded(settings) if server else None)
+    else:
+        seen = _ask_for_token(settings, server, nodes)
+    # Ray takes seconds to answer, so Ray is asked only if the server and its recorder leave a doubt.
+    engine_lives = seen.answer is not None and (seen.answer.status or 0) < 500
+    if nodes is None and engine_lives and seen.fresh and len(seen.facts) == len(seen.fresh.nodes):
+        nodes = list(seen.facts)
+    if nodes is None:
+        with suppress(Exit):
+            nodes = [node.address for node in ask_nodes(head)]
+    return replace(seen, nodes=nodes)
 
 
-def _ask_for_token(settings: Settings, seen: Seen, url: str) -> Seen:
+def _ask_for_token(settings: Settings, server: Served, nodes: Sequence[str] | None) -> Seen:
     """Ask the API for one token; if none comes in time, see whether the counters moved meanwhile."""
     with ThreadPoolExecutor() as pool:
-        before = pool.submit(read_metrics, url)
-        answer = generate_token(url, settings.get("VLLM_API_KEY"), TOKEN_S)
+        before = pool.submit(read_metrics, server.url)
+        answer = generate_token(server.url, settings.get("VLLM_API_KEY"), TOKEN_S)
     waited = waited_in_vain(log_folder(settings) / "unanswered.json", answer.silent, float(settings["HANG_S"]))
-    seen = replace(seen, answer=answer, waited=waited)
+    # The recorder's file is read after the wait for the token: the ranks' work meanwhile counts.
+    seen = Seen(server, nodes, read_recorded(settings), answer, waited=waited)
     if not answer.silent:
         return seen
-    first, last = before.result(), read_metrics(url)
+    first, last = before.result(), read_metrics(server.url)
     moving = first is not None and last is not None and first.moving != last.moving
     return replace(seen, moving=moving, metrics=last or first)
 
@@ -336,7 +331,7 @@ def _parts(seen: Seen) -> dict[str, tuple[bool, str]]:
     return {**parts, **seen.gpus}
 
 
-def _ask_gpu(container: str | None) -> tuple[bool, str]:
+def _ask_gpu(container: str | None = None) -> tuple[bool, str]:
     try:
         name = run(gpu_command(container), capture=True, seconds=GPU_S)
         return bool(name), name or "nvidia-smi names no GPU"

@@ -1,7 +1,7 @@
 """A watch on the server from a third machine: in an outage that lasts, it runs the operator's hook.
 
-`probe` looks at the server once, `Outage` makes of the looks so far what is news and what is due, and `Hook` runs the
-operator's command, seldom.
+`probe` looks at the server once. `Outage` counts the looks, and tells what to print and when the hook is due. `Hook`
+runs the operator's command and remembers its runs.
 """
 
 from __future__ import annotations
