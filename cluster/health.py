@@ -23,14 +23,13 @@ from cluster.command import Command, render, run, say, tell
 from cluster.engine import node_container
 from cluster.guards import is_head
 from cluster.node import CONTAINER, log_folder
-from cluster.recorder import LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
-from cluster.server import Served, ask_server
+from cluster.recorder import GIB, LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
+from cluster.server import Served, ask_server, is_earlier
 from cluster.settings import Settings
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-GIB = 2**30
 TOKEN_S = 3
 GPU_S = 20
 # A node's recorder answers within three seconds, and after a death of its own within ten.
@@ -248,10 +247,12 @@ def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdic
     """
     head = node_container()
     if head is None or head.status != "running":
-        why = f"No {CONTAINER} runs on this node."
-        seen = Seen(gpus={"GPU on the host": _ask_gpu()})
-        return Verdict(State.NOT_RUNNING, why, "inv up --model NAME, or: inv head"), seen
+        verdict = Verdict(State.NOT_RUNNING, f"No {CONTAINER} runs on this node.", "inv up --model NAME, or: inv head")
+        return verdict, Seen(gpus={"GPU on the host": _ask_gpu()})
     is_head(head)
+    if is_earlier(head):
+        why = "An earlier version of this repository started the containers, so this version cannot ask them."
+        return Verdict(State.UNKNOWN, why, BRING_UP_AGAIN), Seen(gpus={"GPU on the host": _ask_gpu()})
     with ThreadPoolExecutor() as pool:
         asked = {"GPU on the host": pool.submit(_ask_gpu), "GPU in the container": pool.submit(_ask_gpu, CONTAINER)}
         seen = _ask_head(settings, head, nodes)

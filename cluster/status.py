@@ -10,10 +10,10 @@ from typing import Any
 from cluster.agreement import Node, Unknown, ask_nodes
 from cluster.command import say, tell
 from cluster.engine import age_in_words, container_age, container_environment, node_container
-from cluster.health import GIB, look
+from cluster.health import look
 from cluster.node import CONTAINER
-from cluster.recorder import read_lows
-from cluster.server import Served
+from cluster.recorder import GIB, read_lows
+from cluster.server import Served, is_earlier
 from cluster.settings import Settings
 
 
@@ -33,13 +33,14 @@ def report_status(settings: Settings, as_json: bool) -> None:
     elif env.get("VLLM_HOST_IP") != head:
         say(f"This node is a worker of {head}, for {container_age(node)}. On the head type: inv status")
     else:
-        nodes = ask_nodes(node)
+        nodes = [] if is_earlier(node) else ask_nodes(node)
         verdict, seen = look(settings, [one.address for one in nodes])
         rows = _rows(nodes, read_lows(settings), launched=seen.server is not None)
         told |= {"state": str(verdict.state), "server": seen.server and _server(seen.server), "nodes": rows}
         say(*sorted({f"vLLM {row['vllm'] or 'unknown'}, Ray {row['ray'] or 'unknown'}" for row in rows}))
         say(f"{verdict.state}: {verdict.why}" + (f" Next: {verdict.next}" if verdict.next else ""))
-        _print_table(rows)
+        if rows:
+            _print_table(rows)
     if as_json:
         tell(json.dumps(told, indent=1))
 

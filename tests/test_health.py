@@ -11,8 +11,8 @@ from invoke import Exit
 
 from cluster import health
 from cluster.api import Answer, Metrics
-from cluster.health import BRING_UP_AGAIN, DEAF_S, GIB, START_RECORDER, Seen, State, judge, waited_in_vain
-from cluster.recorder import FRESH_S, LOAD, WORK, Recorded
+from cluster.health import BRING_UP_AGAIN, DEAF_S, START_RECORDER, Seen, State, judge, waited_in_vain
+from cluster.recorder import FRESH_S, GIB, LOAD, WORK, Recorded
 from cluster.server import Served
 
 NOW = 1_700_000_000.0
@@ -382,6 +382,48 @@ def test_the_queue_before_a_token_is_told(looked):
     pages = [Metrics(1, 4, frozenset()), Metrics(1, 3, frozenset())]
     assert "(1 requests run, 3 wait)" in verdict(looked(saw(), told=pages)[0]).why
     assert "(1 requests run, 4 wait)" in verdict(looked(saw(), told=[pages[0], None])[0]).why
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Has a container on this node: its status, and the variables that it started with."""
+
+    def put(status, **env):
+        container = SimpleNamespace(status=status, attrs={"Config": {"Env": [f"{k}={v}" for k, v in env.items()]}})
+        monkeypatch.setattr(health, "node_container", lambda: container if status else None)
+        monkeypatch.setattr(health, "_ask_gpu", lambda *_: (True, "NVIDIA GB10"))
+
+    return put
+
+
+EARLIER = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "next_command"),
+    [
+        (None, State.NOT_RUNNING, "inv up --model NAME, or: inv head"),
+        ("exited", State.NOT_RUNNING, "inv up --model NAME, or: inv head"),
+        ("running", State.UNKNOWN, "inv down; then: inv up --model NAME"),
+    ],
+    ids=["no container", "a container that has ended", "an earlier version's"],
+)
+def test_a_container_that_cannot_be_asked_has_a_state(status, state, next_command, on, capsys):
+    """Without a container the cluster does not run; one of an earlier version is named, and is not asked."""
+    on(status, **EARLIER)
+    assert health.report_health({}, as_json=True) is state
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert (told["state"], told["code"], told["next"]) == (str(state), state.code, next_command)
+    assert told["parts"].keys() == {"Ray", "GPU on the host"} and told["why"] in err
+    assert ("earlier version" in told["why"]) == (status == "running")
+
+
+def test_a_worker_says_where_to_ask(on):
+    """A worker does not know the whole cluster."""
+    on("running", **EARLIER | {"VLLM_HOST_IP": WORKER})
+    with pytest.raises(Exit, match=r"This node is a worker \(10.0.0.2\). Type it on the head, 10.0.0.1."):
+        health.look({})
 
 
 @pytest.fixture

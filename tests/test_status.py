@@ -8,7 +8,8 @@ import pytest
 
 from cluster import status
 from cluster.agreement import Node
-from cluster.health import GIB, Seen, State, Verdict
+from cluster.health import Seen, State, Verdict
+from cluster.recorder import GIB
 from cluster.server import Served
 
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
@@ -34,6 +35,7 @@ def asked(monkeypatch):
     asked = Asked()
     env = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
     monkeypatch.setattr(status, "node_container", lambda: SimpleNamespace(status="running"))
+    monkeypatch.setattr(status, "is_earlier", lambda _: False)
     monkeypatch.setattr(status, "container_environment", lambda _: env)
     monkeypatch.setattr(status, "container_age", lambda _: "3 h")
     monkeypatch.setattr(status, "ask_nodes", lambda _: (asked.append("Ray"), [Node(HEAD, "spark-1", 1, FACTS)])[1])
@@ -69,6 +71,17 @@ def test_a_fact_that_is_unknown_is_not_guessed(asked, capsys, monkeypatch):
     out, err = capsys.readouterr()
     (head, _) = json.loads(out)["nodes"]
     assert {head[name] for name in ("since", "image", "vllm", "available", "links")} == {None} and "unknown" in err
+
+
+def test_a_cluster_of_an_earlier_version_is_not_asked(asked, capsys, monkeypatch):
+    """The screen has the state and the next command, and no table."""
+    monkeypatch.setattr(status, "is_earlier", lambda _: True)
+    verdict = Verdict(State.UNKNOWN, "An earlier version.", "inv down")
+    monkeypatch.setattr(status, "look", lambda *_: (verdict, Seen()))
+    status.report_status({}, as_json=True)
+    out, err = capsys.readouterr()
+    assert err == "unknown: An earlier version. Next: inv down\n" and asked == []
+    assert (json.loads(out)["nodes"], json.loads(out)["server"]) == ([], None)
 
 
 @pytest.mark.parametrize(
