@@ -1,15 +1,16 @@
-"""Flags that an image knows: what it lacks is named with the knob that drops it, or dropped by IMAGE_GATES=auto."""
+"""The options that an image lacks are named, each with the knob that drops it, or dropped by IMAGE_GATES=auto."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from invoke import Exit
 
-from checks import gates, line, options
-from checks.gates import Serving
-from checks.options import Known
-from cluster import node
-from settings import models, resolve
+from cluster import options
+from cluster.models import find_model, known_models
+from cluster.options import Known
+from cluster.settings import load_settings
 
 DATA = Path(__file__).with_name("data")
 FALLBACK = {
@@ -21,81 +22,81 @@ FALLBACK = {
 
 
 def known(version):
-    """The options of one vLLM that our profiles can render, as `checks/ask_options.py` printed them."""
-    return options.known(json.loads((DATA / f"options-{version}.json").read_text()))
+    """The options of one vLLM that our profiles can render, as cluster/inside/options.py printed them."""
+    return Known(**json.loads((DATA / f"options-{version}.json").read_text()))
 
 
-@pytest.fixture
-def serving(operator):
-    """Makes a model's line for an image, with settings as in the shell."""
+class Asked:
+    """What an image makes of a model's line: the settings to go on with, the sentences, the findings, the line."""
 
-    def make(name, image, env=None, **shell):
-        with pytest.MonkeyPatch.context() as now:
-            for setting, value in shell.items():
-                now.setenv(setting, value)
-            settings = resolve.load(models.find(name))
-        values = settings.public() | {"hf_cache": node.HF_CACHE}
-        image = known(image) if isinstance(image, str) else image
-        return Serving(settings.model, values, image, env or {}, f"inv launch --model {name}")
-
-    return make
+    def __init__(self, name, image, env=None, **shell):
+        head = SimpleNamespace(attrs={"Config": {"Env": [f"{name}={value}" for name, value in (env or {}).items()]}})
+        before = load_settings(find_model(name), shell={"ENV_FILE": ""} | shell)
+        self.settings, self.said, self.findings = options.gated(
+            before, head, known(image) if isinstance(image, str) else image
+        )
+        self.emptied = {knob for knob in before if before[knob] != self.settings[knob]}
+        self.words = options._line(self.settings, [])
 
 
-def test_the_fallback_to_25_11_comes_out_by_itself(serving):
-    """vLLM 0.11.0: auto drops what the article drops by hand, nothing else, and the line is then that image's."""
-    auto = gates.gates(serving("nemotron", "0.11.0"))
-    by_hand = serving("nemotron", "0.11.0", **FALLBACK)
-    assert auto.overrides == dict.fromkeys(FALLBACK, "") and not auto.findings
-    assert serving("nemotron", "0.11.0").words(**auto.overrides) == by_hand.words()
-    assert by_hand.problems() == []
-    assert sorted(said.partition("auto sets ")[2] for said in auto.said) == sorted(
+def auto(name, image, env=None, **shell):
+    return Asked(name, image, env, IMAGE_GATES="auto", **shell)
+
+
+def test_the_fallback_to_25_11_comes_out_by_itself():
+    """On vLLM 0.11.0 auto drops what the article drops by hand and nothing else, so the lines are the same."""
+    asked, by_hand = auto("nemotron", "0.11.0"), Asked("nemotron", "0.11.0", **FALLBACK)
+    assert asked.emptied == FALLBACK.keys() and not asked.findings and not by_hand.findings
+    assert asked.words == by_hand.words
+    assert sorted(said.partition("auto sets ")[2] for said in asked.said) == sorted(
         f"{name}={value}" for name, value in FALLBACK.items()
     )
 
 
-def test_by_default_each_is_refused_with_its_knob(serving):
-    """Without auto nothing is dropped: every problem has a sentence and the knob to type."""
-    texts = [finding.text for finding in gates.refusals(serving("nemotron", "0.11.0"))]
-    assert len(texts) == 5 and all("vLLM 0.11.0" in text and "IMAGE_GATES=auto" in text for text in texts)
-    assert {knob for knob in FALLBACK if any(f"Type: {gates.spelled(knob)} inv" in text for text in texts)} == set(
-        FALLBACK
-    )
+def test_by_default_each_is_refused_with_its_knob():
+    """Without auto nothing is dropped. Every option has a sentence, and the knob to type."""
+    asked = Asked("nemotron", "0.11.0")
+    texts = [finding.text for finding in asked.findings]
+    assert asked.emptied == set() and len(texts) == 5
+    assert all("vLLM 0.11.0" in text and "IMAGE_GATES=auto inv launch --model nemotron" in text for text in texts)
+    typed = {f"{name}={value}" for name, value in FALLBACK.items()}
+    assert {text.partition("Type: ")[2].partition(" inv")[0] for text in texts} == typed
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])
-@pytest.mark.parametrize("name", models.known())
-def test_newer_images_take_every_line(serving, version, name):
-    """The image that is built by default, and a newer one, know all that the profiles ask for."""
-    assert gates.refusals(serving(name, version)) == []
-    assert gates.gates(serving(name, version)) == gates.Gates({}, [], [])
+@pytest.mark.parametrize("name", known_models())
+def test_newer_images_take_every_line(version, name):
+    """The image that is built by default, and a newer one, know every option of the profiles."""
+    for asked in (Asked(name, version), auto(name, version)):
+        assert (asked.emptied, asked.said, asked.findings) == (set(), [], [])
 
 
 @pytest.mark.parametrize("name", ["qwen-30b", "qwen-122b"])
-def test_qwen_goes_back_to_25_11_unchanged(serving, name):
-    """The article served Qwen from it."""
-    assert gates.refusals(serving(name, "0.11.0")) == []
+def test_qwen_goes_back_to_25_11_unchanged(name):
+    """The article served Qwen from that image."""
+    assert Asked(name, "0.11.0").findings == []
 
 
-def test_a_choice_that_the_image_lacks(serving):
+def test_a_choice_that_the_image_lacks():
     """float16 for the state is none of 0.11.0's choices: the value is named, and MAMBA_SSM_DTYPE= drops it."""
     image = Known("0.11.0", dict.fromkeys(known("0.21.0").options) | {"--mamba-ssm-cache-dtype": ["auto", "float32"]})
-    asked = serving("nemotron", image, ENABLE_ASYNC_SCHEDULING="0", MAMBA_SSM_DTYPE="float16")
-    (finding,) = gates.refusals(asked)
+    shell = {"ENABLE_ASYNC_SCHEDULING": "0", "MAMBA_SSM_DTYPE": "float16"}
+    (finding,) = Asked("nemotron", image, **shell).findings
     assert "float16 is none of its choices, auto, float32" in finding.text and "MAMBA_SSM_DTYPE= inv" in finding.text
-    assert gates.gates(asked).overrides == {"MAMBA_SSM_DTYPE": ""}
+    assert auto("nemotron", image, **shell).emptied == {"MAMBA_SSM_DTYPE"}
 
 
-def test_the_operators_own_words_are_not_dropped(serving):
-    """SERVE_EXTRA is taken out by its owner: auto leaves it and refuses."""
-    for found in (gates.refusals, lambda asked: gates.gates(asked).findings):
-        (finding,) = found(serving("nemotron", "0.21.0", SERVE_EXTRA="--swap-space 0"))
+def test_the_operators_own_words_are_not_dropped():
+    """Auto leaves SERVE_EXTRA alone: its owner is told to take the word out."""
+    for ask in (Asked, auto):
+        (finding,) = ask("nemotron", "0.21.0", SERVE_EXTRA="--swap-space 0").findings
         assert "--swap-space" in finding.text and "Take it out of SERVE_EXTRA" in finding.text
 
 
-def test_an_option_without_a_knob(serving):
-    """What every line has cannot be dropped; another image is what is left."""
+def test_an_option_without_a_knob():
+    """An option that every line has cannot be dropped. What is left is another image."""
     image = Known("0.21.0", {name: None for name in known("0.21.0").options if name != "--gpu-memory-utilization"})
-    (finding,) = gates.gates(serving("nemotron", image)).findings
+    (finding,) = auto("nemotron", image).findings
     assert "no knob" in finding.text and "VLLM_IMAGE" in finding.text
 
 
@@ -111,49 +112,95 @@ def test_an_option_without_a_knob(serving):
         ("0.32.0", {}, False),
     ],
 )
-def test_async_scheduling_needs_rays_newer_executor(serving, version, env, refused):
-    """Default from 0.21, asked for by a variable on 0.20, absent before."""
-    image = Known(version, dict.fromkeys(known("0.21.0").options))
-    found = gates.gates(serving("nemotron", image, env))
-    assert found.overrides == ({"ENABLE_ASYNC_SCHEDULING": ""} if refused else {}) and not found.findings
+def test_async_scheduling_needs_rays_newer_executor(version, env, refused):
+    """The newer executor is the default from 0.21 on, runs in 0.20 if a variable asks for it, and is absent before."""
+    found = auto("nemotron", Known(version, dict.fromkeys(known("0.21.0").options)), env)
+    assert found.emptied == ({"ENABLE_ASYNC_SCHEDULING"} if refused else set()) and not found.findings
 
 
 @pytest.mark.parametrize(("version", "refused"), [("0.17.0", True), ("0.17.1", False), ("0.21.0", False)])
-def test_a_parser_that_is_not_built_in_yet(serving, version, refused):
-    """nemotron_v3 came with 0.17.1: before, the server would die a minute after its start."""
+def test_a_parser_that_is_not_built_in_yet(version, refused):
+    """nemotron_v3 came with 0.17.1. An earlier server would die a minute after its start."""
     image = Known(version, dict.fromkeys(known("0.21.0").options))
-    found = gates.gates(serving("nemotron", image, ENABLE_ASYNC_SCHEDULING="0", REASONING_PARSER="nemotron_v3"))
-    assert found.overrides == ({"ENABLE_REASONING_PARSER": ""} if refused else {})
+    found = auto("nemotron", image, ENABLE_ASYNC_SCHEDULING="0", REASONING_PARSER="nemotron_v3")
+    assert found.emptied == ({"ENABLE_REASONING_PARSER"} if refused else set())
 
 
 @pytest.mark.parametrize(("version", "refused"), [("0.18.0", True), ("0.19.0", False)])
-def test_a_drafter_with_a_backend_of_its_own(serving, version, refused):
+def test_a_drafter_with_a_backend_of_its_own(version, refused):
     """The field moe_backend of the speculative configuration came with 0.19.0."""
     image = Known(version, dict.fromkeys(known("0.21.0").options))
-    found = gates.gates(serving("nemotron", image, ENABLE_ASYNC_SCHEDULING="0", ENABLE_MTP="1"))
-    assert found.overrides == ({"ENABLE_MTP": ""} if refused else {})
+    found = auto("nemotron", image, ENABLE_ASYNC_SCHEDULING="0", ENABLE_MTP="1")
+    assert found.emptied == ({"ENABLE_MTP"} if refused else set())
+
+
+# --- Asking the image -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def head(operator, tmp_path):
+    """A head's container that answers as it is told, and the settings of a run on it."""
+    asked = SimpleNamespace(name="node-ray", image=SimpleNamespace(id="sha256:" + "a" * 64), answers={}, words=[])
+    asked.attrs = {"Config": {"Env": ["NODE_RAY_REPOSITORY=0123"]}}
+
+    def answer(_, *words):
+        asked.words.append(words)
+        for word, text in asked.answers.items():
+            if word in words:
+                return text
+        raise Exit(f"{words[0]} failed")
+
+    operator.setattr(options, "ask_container", answer)
+    (tmp_path / "node-ray").mkdir()
+    asked.settings = load_settings(find_model("nemotron"), shell={"ENV_FILE": "", "CACHE_DIR": str(tmp_path)})
+    return asked
+
+
+def test_an_image_is_asked_once(head):
+    """The image's own file is asked first, then vLLM; the answer is kept on this host."""
+    head.answers = {"/opt/inside/options.py": 'noise\n{"vllm": "0.21.0", "options": {"--a": ["b"], "--c": null}}\n'}
+    wanted = Known("0.21.0", {"--a": ["b"], "--c": None})
+    assert options.known_options(head, head.settings) == wanted and len(head.words) == 2
+    assert options.known_options(head, head.settings) == wanted and len(head.words) == 2
 
 
 @pytest.mark.parametrize(
     "answer",
-    [None, [], {}, {"vllm": "0.21.0"}, {"vllm": "0.21.0", "options": {}}, {"vllm": 1, "options": {"--a": None}}]
-    + [{"vllm": text, "options": {"--a": None}} for text in ("", "dev", "latest", "1")]
-    + [{"vllm": "0.21.0", "options": {"--a": choices}} for choices in ("auto", [1], {}, 0)],
-    ids=repr,
+    [
+        "",
+        "Killed",
+        "null",
+        "[]",
+        "{}",
+        '{"vllm": "0.21.0"}',
+        '{"vllm": 1, "options": {}}',
+        '{"vllm": "", "options": {}}',
+        '{"vllm": "dev", "options": {}}',
+        '{"vllm": "0.21.0", "options": "auto"}',
+    ],
 )
-def test_an_answer_that_is_none(answer):
-    """An image that could not say what it knows is an error, not an image that knows everything."""
-    with pytest.raises(ValueError, match=r"image's answer|version"):
-        options.known(answer)
+def test_an_answer_that_is_none_is_an_error(head, answer):
+    """An image that could not tell its options is no image that knows them all, and is asked again."""
+    head.answers = {options.BUILT_IN: answer}
+    for _ in range(2):
+        with pytest.raises(Exit, match="did not tell its options"):
+            options.known_options(head, head.settings)
+
+
+def test_a_cluster_of_an_earlier_version_is_called_one(head):
+    """Its containers lack our scripts: a sentence says so, with the words to type, instead of a missing file."""
+    head.attrs = {"Config": {"Env": []}}
+    with pytest.raises(Exit, match=r"earlier version of this repository .*inv down"):
+        options.known_options(head, head.settings)
 
 
 def test_words_are_options_and_values():
-    """Dashes, underscores, equals signs, dots, negative numbers and JSON."""
+    """Dashes, underscores, equals signs, dots, negative numbers and JSON are read as vLLM reads them."""
     words = ["vllm", "serve", "a/b", "--max_num_seqs=4", "--a_b.c_d", "x", "-tp", "2", "--n", "-1", "--j", '{"a": 1}']
-    assert [(option.name, *option.values) for option in line.read(words)] == [
-        ("--max-num-seqs", "4"),
-        ("--a-b.c_d", "x"),
-        ("-tp", "2"),
-        ("--n", "-1"),
-        ("--j", '{"a": 1}'),
+    assert options.given_options(words) == [
+        ("--max-num-seqs", ["4"]),
+        ("--a-b.c_d", ["x"]),
+        ("-tp", ["2"]),
+        ("--n", ["-1"]),
+        ("--j", ['{"a": 1}']),
     ]
