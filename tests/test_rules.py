@@ -1,12 +1,16 @@
-"""Every disagreement has a rule of its own, and what could not be asked does not pass for fine."""
+"""Every disagreement of the nodes is found by a rule of its own. A fact that nobody could ask never passes for fine."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
+from invoke import Exit
 
-from checks import report, rules
-from checks.nodes import Node
-from settings import models, resolve
+from cluster import agreement, options
+from cluster.agreement import Node, find_disagreements
+from cluster.check import RULES
+from cluster.models import find_model
+from cluster.settings import load_settings
 
 ENV = {
     "VLLM_HOST_IP": "10.0.0.1",
@@ -22,6 +26,7 @@ FACTS = {
     "host": "boot/1",
     "gpus": ["NVIDIA GB10"],
     "wrapper": {"sha256": "a", "words": "docker run --rm image:1"},
+    "repository": "0123456789abcdef",
     "image": "sha256:aa base@sha256:bb",
     "environment": ENV,
     "token": None,
@@ -40,12 +45,13 @@ FACTS = {
 
 @pytest.fixture
 def found(operator):
-    """What the rules find on a head as it should be and a worker with some facts changed."""
+    """Finds the disagreements of a head as it should be and a worker with some facts changed."""
+    operator.setattr(agreement, "repository_digest", lambda: FACTS["repository"])
 
     def ask(ray_gpus=1, address="10.0.0.2", **changed):
         facts = copy.deepcopy(FACTS) | {"host": "boot/2"} | changed
         nodes = [Node("10.0.0.1", "spark-1", 1, copy.deepcopy(FACTS)), Node(address, "spark-2", ray_gpus, facts)]
-        return rules.findings(nodes, resolve.load(models.find("nemotron"), shell={"ENV_FILE": ""}))
+        return find_disagreements(nodes, load_settings(find_model("nemotron"), shell={"ENV_FILE": ""}))
 
     return ask
 
@@ -75,45 +81,46 @@ def test_two_that_agree(found):
         ("links", "10.0.0.2: enp1s0f0np0 is down", {
             "links": FACTS["links"] | {"enp1s0f0np0": {"state": "down", "mtu": 9000}}}),
         ("mtu", "10.0.0.2 has 1500", {"links": {name: {"state": "up", "mtu": 1500} for name in FACTS["links"]}}),
-        ("token", "10.0.0.1 has none, 10.0.0.2 another", {"token": "hmac:1"}),
+        ("token", "10.0.0.1 has none, 10.0.0.2 has hmac:1", {"token": "hmac:1"}),
     ],
 )  # fmt: skip
 def test_each_disagreement_is_refused_by_its_rule(found, rule, words, changed):
-    """By one rule alone, with both sides and what to type, under a name that --allow takes."""
+    """One rule alone finds it, names both sides, and has a name that --allow takes."""
     said = [one for one in found(**changed) if one.refuses]
-    assert {one.rule for one in said} == {rule} and rule in report.RULES
+    assert {one.rule for one in said} == {rule} and rule in RULES
     assert words in said[0].text
 
 
 @pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "environment"}])
 def test_what_could_not_be_asked_is_refused(found, fact):
-    """A probe that failed is not a node that is fine."""
+    """A fact that the probe failed to tell refuses, with the reason."""
     said = found(**{fact: {"unknown": "it broke"}})
     assert any(one.refuses and "it broke" in one.text for one in said)
 
 
 def test_a_node_that_does_not_answer_at_all_is_refused(found):
-    """Every rule that needs one of its facts says so."""
+    """Every rule that needs a fact of that node refuses."""
     assert all("silent" in one.text for one in found(**{fact: {"unknown": "silent"} for fact in FACTS}) if one.refuses)
 
 
 def test_another_build_of_one_base_is_a_warning(found):
-    """With the line that would mend it."""
+    """The warning has the line that copies the head's image."""
     (said,) = found(image="sha256:cc base@sha256:bb")
     assert not said.refuses and "docker save local/vllm-ray:26.05.post1 | ssh 10.0.0.2 docker load" in said.text
 
 
 def test_images_of_which_no_base_is_known_differ(found):
-    """A label that an image lacks is no answer, and no reason to trust it."""
+    """Two images without the label of their base are refused as if the bases differed."""
     (said,) = found(image="sha256:cc")
     assert said.rule == "image" and said.refuses and "different bases" in said.text
 
 
 def test_two_workers_on_one_machine_are_found_too(operator):
-    """Not only one on the head's."""
+    """A worker may share a machine with another worker, not only with the head."""
+    operator.setattr(agreement, "repository_digest", lambda: FACTS["repository"])
     told = [("10.0.0.1", "boot/1"), ("10.0.0.2", "boot/2"), ("10.0.0.3", "boot/2")]
     nodes = [Node(at, f"spark-{at[-1]}", 1, copy.deepcopy(FACTS) | {"host": host}) for at, host in told]
-    (said,) = rules.findings(nodes, resolve.load(models.find("nemotron"), shell={"ENV_FILE": ""}))
+    (said,) = find_disagreements(nodes, load_settings(find_model("nemotron"), shell={"ENV_FILE": ""}))
     assert said.rule == "hosts" and "10.0.0.3 was started on the machine of 10.0.0.2 (spark-2)" in said.text
 
 
@@ -121,7 +128,7 @@ def test_two_workers_on_one_machine_are_found_too(operator):
     ("vllm", "kept", "refused"), [("0.21.0", [], 0), ("0.20.1", [], 1), ("0.20.1", ["NCCL_IB_HCA"], 0)]
 )
 def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
-    """A worker's own list survives vLLM 0.21 and later, and earlier ones only where it is listed as each node's own."""
+    """A worker keeps its own list from vLLM 0.21 on. An earlier vLLM needs a file that lists the variable."""
     operator.setitem(FACTS, "vllm", vllm)
     operator.setitem(FACTS, "own_variables", kept)
     said = found(environment=ENV | {"NCCL_IB_HCA": "roceP2p1s0f0,rocep1s0f1"})
@@ -129,6 +136,31 @@ def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
 
 
 def test_tcp_on_purpose_needs_no_rdma(found, operator):
-    """NCCL_IB_DISABLE=1 is an answer to the question about devices."""
+    """With NCCL_IB_DISABLE=1 no device is missed."""
     operator.setitem(FACTS, "environment", ENV | {"NCCL_IB_DISABLE": "1"})
     assert found(infiniband=[], memlock=65536) == []
+
+
+def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operator):
+    """The containers keep what they were started with, so the words to start them anew are said."""
+    operator.setattr(agreement, "repository_digest", lambda: "fedcba9876543210")
+    (said,) = found()
+    assert said.rule == "wrapper" and not said.refuses
+    assert "sha256 0123456789ab, now fedcba987654" in said.text and "inv down; then inv up" in said.text
+
+
+@pytest.mark.parametrize(("digest", "told"), [("fedcba9876543210", "fedcba987654"), (None, "none")])
+def test_nodes_of_two_checkouts_are_a_warning(found, digest, told):
+    """All that decides how the nodes run is compared by itself, so another checkout alone refuses nothing."""
+    (said,) = found(repository=digest)
+    assert said.rule == "wrapper" and not said.refuses
+    assert f"sha256 0123456789ab and {told}" in said.text and "git pull" in said.text
+
+
+@pytest.mark.parametrize("answer", ["", "Traceback\n", '{"a": 1}', '[{"address": 1}]'])
+def test_an_answer_that_is_no_list_of_nodes_is_an_error(operator, answer):
+    """An answer that cannot be read is not taken for a cluster without nodes."""
+    operator.setattr(options, "ask_container", lambda *_: answer)
+    head = SimpleNamespace(name="node-ray", attrs={"Config": {"Env": ["NODE_RAY_REPOSITORY=0123"]}})
+    with pytest.raises(Exit, match="Ray's answer in node-ray is no list of nodes"):
+        agreement.ask_nodes(head)

@@ -1,5 +1,5 @@
-"""Two machines that disagree, on real engines: refused with the right sentence before anything is loaded, and the same
-check passes once it is mended."""
+"""Two machines that disagree, on real engines. The check refuses with the cause before anything is loaded, and passes
+once the cause is mended."""
 
 import json
 import signal
@@ -19,13 +19,13 @@ def check(host, *words, **env):
 
 
 def findings(host, **env) -> dict[str, str]:
-    """What `inv check --json` finds and refuses: rule to text."""
+    """The refusals of `inv check --json`, the text of each by its rule."""
     told = json.loads(check(host, "--json", **env).stdout)
     return {one["rule"]: one["text"] for one in told["findings"] if one["refuses"] and one["rule"] != ALLOW}
 
 
 def joined(head, count=2) -> bool:
-    """Whether Ray has so many nodes, within its own time."""
+    """Whether Ray has so many nodes; waits for them."""
     return wait(lambda: f"Ray: {count} nodes" in inv(head, "health").stderr, 90, pause=1)
 
 
@@ -45,7 +45,7 @@ def head(sparks, terminal):
     ids=["missing", "different"],
 )
 def test_a_variable_of_the_worker(head, sparks, terminal, words, env, rules):
-    """Missing or different on the worker: both values side by side, and the command to type there."""
+    """The worker lacks a variable, or has another value: both values are told, and the command to type there."""
     worker = terminal(sparks[1], "worker", *words, **env)
     assert joined(head)
     found = findings(head)
@@ -64,7 +64,7 @@ def test_a_variable_of_the_worker(head, sparks, terminal, words, env, rules):
     ids=["another build", "another base"],
 )
 def test_images_of_two_builds(head, sparks, terminal, label, refused):
-    """From one base a warning, from two a refusal; either way with the line that copies the head's image."""
+    """Two builds of one base are a warning, of two bases a refusal. Both have the line that copies the head's image."""
     own = sparks[1].run("docker", "image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
     made = sparks[1].run("docker", "build", "--tag", IMAGE, "-", input=f"FROM {own}\nLABEL {label}\n", stdin=None)
     assert made.returncode == 0, made.stderr
@@ -80,7 +80,7 @@ def test_images_of_two_builds(head, sparks, terminal, label, refused):
 
 
 def test_two_rays_on_one_spark(head, sparks):
-    """A second Ray on the head's machine counts as a node with a GPU; the check says that it is the head's machine."""
+    """Ray counts a second Ray on the head's machine as a node with a GPU. The check names the head's machine."""
     sparks[0].run("docker", "exec", "node-ray", "ray", "start", "--address=10.0.0.1:6379", "--node-ip-address=10.0.1.1")
     assert joined(head)
     found = findings(head)
@@ -88,7 +88,7 @@ def test_two_rays_on_one_spark(head, sparks):
 
 
 def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
-    """Docker itself refuses a device that is not there; the worker's terminal says which."""
+    """Docker refuses a device that does not exist, and the worker's terminal shows its name."""
     rig.without_device = {2}
     rig.power_off(sparks[1])
     rig.power_on(sparks[1])
@@ -105,6 +105,6 @@ def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
 
 
 def test_a_rule_that_nobody_has_cannot_be_allowed(sparks):
-    """A name with a slip in it would pass over nothing, or everything."""
+    """A mistyped name in --allow is an error, not a rule that is never met."""
     done = inv(sparks[0], "check", "--model", "rehearsal", "--allow", "memlok")
     assert done.returncode != 0 and "--allow names memlok" in done.stderr

@@ -1,5 +1,5 @@
-"""The reasoning parser's file is there whole or not at all, from a commit that is named. A stand-in for the model's
-repository answers on the head's own address, so the real `hf download` does the fetching."""
+"""The file of the reasoning parser is there whole or not at all, and its commit is named. A stand-in for the model's
+repository answers at the head's own address, so the real `hf download` fetches the file."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from operating import KEY, inv, serving
 from rehearsal.flow import ALLOW
 
 pytestmark = pytest.mark.rehearsal
-# What a model of 120 billion parameters is refused for on a stand-in; here only its parser's file counts.
+# A model of 120 billion parameters is refused on a stand-in for its memory. These tests look at its parser's file only.
 TOO_BIG = f"{ALLOW},memory-floor,memory-context,memory-sequences,memory-unknown"
 COMMIT, WHOLE = "c" * 40, b"# a parser\n" * 999
 REPOSITORY = f"""
@@ -42,7 +42,7 @@ ENV = {
 
 @pytest.fixture
 def launch(sparks, terminal):
-    """Launches nemotron on one stand-in Spark; what it said, and the parser's file if there is one."""
+    """Launches nemotron on one stand-in Spark; returns its messages, and the parser's file if there is one."""
     shutil.rmtree(sparks[0].cache / "huggingface/parsers", ignore_errors=True)
     terminal(sparks[0], "head", "--model", "nemotron", **ENV).until("Ray runtime started")
 
@@ -55,7 +55,7 @@ def launch(sparks, terminal):
 
 @pytest.fixture
 def repository(sparks):
-    """Starts the model's repository; with "cut" it breaks off in the middle of a file."""
+    """Starts the model's repository. With "cut" the repository breaks off in the middle of a file."""
     started = []
 
     def start(*words: str):
@@ -68,7 +68,7 @@ def repository(sparks):
 
 
 def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, sparks):
-    """The resolved commit is printed and the file is whole."""
+    """The file is whole, and the commit that it came from is printed."""
     repository()
     said, files = launch()
     assert f"It is here, from commit {COMMIT}." in said
@@ -76,7 +76,7 @@ def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, 
 
 
 def test_cut_off_it_is_not_there_and_no_server_starts(launch, repository, sparks):
-    """A refusal with the two ways on."""
+    """A download that breaks off is refused, with two ways to go on, and leaves no file."""
     repository("cut")
     said, files = launch()
     assert "could not be fetched" in said and "Traceback" not in said

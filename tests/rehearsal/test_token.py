@@ -1,4 +1,4 @@
-"""Ray's token on stand-in Sparks: with it the nodes join and work, without it, or with another, nobody gets in."""
+"""Ray's token on stand-in Sparks: with it the nodes join and work. A client without it is refused."""
 
 import pytest
 from operating import inv
@@ -10,7 +10,7 @@ ASK = "import ray; ray.init(address='10.0.0.1:6379', log_to_driver=False); print
 
 @pytest.fixture
 def token(sparks, tmp_path):
-    """Made by the task itself; a copy for the worker, and the environment that names each."""
+    """A token that `inv token` made, and a copy for the worker: for each node the environment that names its file."""
     files = [tmp_path / name / "auth_token" for name in ("head", "worker")]
     made = inv(sparks[0], "token", RAY_AUTH_TOKEN_PATH=str(files[0]))
     assert made.returncode == 0 and "  ssh 10.0.0.2 'umask 077; " in made.stderr, made.stderr
@@ -21,15 +21,15 @@ def token(sparks, tmp_path):
 
 
 def client(host, **env) -> str:
-    """What a Ray client says that comes from another container on the host."""
+    """The output of a Ray client in another container on the host."""
     names = [word for name, value in env.items() for word in ("-e", f"{name}={value}")]
     words = ["docker", "run", "--rm", "--network", "host", *names, "--entrypoint", "timeout", "rehearsal/vllm-ray"]
     done = host.run(*words, "60", "python3", "-c", ASK, timeout=90)
     return done.stdout + done.stderr
 
 
-def test_with_the_token_they_work_and_nobody_else_gets_in(sparks, terminal, token):
-    """Both nodes join and agree; the token is in no environment; a client without it, or with another, is refused."""
+def test_with_the_token_the_nodes_work_and_other_clients_are_refused(sparks, terminal, token):
+    """Both nodes join and agree. The token is in no environment. A client without it, or with another, is refused."""
     terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
     terminal(sparks[1], "worker", "--model", "rehearsal", **token[1])
     assert joined(sparks[0])
@@ -45,7 +45,7 @@ def test_with_the_token_they_work_and_nobody_else_gets_in(sparks, terminal, toke
 
 
 def test_a_worker_without_it_is_refused(sparks, terminal, token):
-    """Its own terminal says that it is about the token, and the head keeps one node."""
+    """The worker's terminal names the token, and the head keeps one node."""
     terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
     worker = terminal(sparks[1], "worker", "--model", "rehearsal", RAY_AUTH_TOKEN_PATH="/none")
     assert worker.process.wait(120) != 0
@@ -55,13 +55,13 @@ def test_a_worker_without_it_is_refused(sparks, terminal, token):
 
 
 def test_a_second_token_is_not_made_over_the_first(sparks, token):
-    """All nodes would have to get the new one; that is a person's decision."""
+    """Every node would need the new token, so a person has to remove the old one first."""
     again = inv(sparks[0], "token", **token[0])
     assert again.returncode != 0 and "is there already" in again.stderr
 
 
 def test_without_a_token_the_head_says_what_is_open(sparks, terminal):
-    """And which task closes it."""
+    """Without a token the head warns, and names the task that makes one."""
     head = terminal(sparks[0], "head")
     head.until("Ray runtime started")
     assert "Ray runs code for anyone" in head.read() and "inv token" in head.read()

@@ -1,0 +1,140 @@
+"""Print what is true on every node of the cluster, as JSON: probe.py KEY NAME..., in the head's container.
+
+`probe.py --here KEY NAME...` prints it of this machine alone, and needs neither Ray nor a container. The environment is
+that of process 1: vLLM's and NCCL's variables, and those called NAME. Secrets are printed as a hash with KEY. A fact
+that cannot be asked is {"unknown": REASON}, so that nobody takes it for fine.
+"""
+
+import fcntl
+import glob
+import hashlib
+import hmac
+import json
+import os
+import platform
+import re
+import resource
+import socket
+import struct
+import subprocess
+import sys
+from importlib.metadata import version
+
+SECONDS = 15
+PREFIXES = ("VLLM_", "NCCL_", "UCX_", "GLOO_", "TP_", "OMPI_")
+IPC_LOCK = 14  # linux/capability.h
+SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
+
+
+def read(path):
+    with open(os.path.expanduser(path)) as file:
+        return file.read().strip()
+
+
+def known(ask):
+    try:
+        return ask()
+    except Exception as error:
+        return {"unknown": f"{type(error).__name__}: {error}"}
+
+
+def hidden(key, value):
+    return "hmac:" + hmac.new(key.encode(), value.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def environment(key, names):
+    # Ray adds to the environment of its own workers, so that of process 1 is read.
+    items = dict(item.partition("=")[::2] for item in read("/proc/1/environ").split("\0") if item)
+    secret = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
+    chosen = {name: value for name, value in items.items() if name.startswith(PREFIXES) or name in names}
+    return {name: hidden(key, value) if secret.search(name) else value for name, value in chosen.items()}
+
+
+def gpus():
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        raise RuntimeError((done.stderr or done.stdout).strip()[-200:])
+    return done.stdout.splitlines()
+
+
+def field(path, name):
+    """The first word behind a name in a file of /proc."""
+    return next(line.split()[1] for line in read(path).splitlines() if re.match(f"{name}\\b", line))
+
+
+def since():
+    """The second, counted from 1970, in which process 1 started (proc(5))."""
+    ticks = int(read("/proc/1/stat").rpartition(")")[2].split()[19])
+    return int(field("/proc/stat", "btime")) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def network():
+    """The control link's address as NETWORK/PREFIX."""
+    request = struct.pack("256s", os.environ["TP_SOCKET_IFNAME"].encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        address, mask = (fcntl.ioctl(asked, number, request)[20:24] for number in (SIOCGIFADDR, SIOCGIFNETMASK))
+    masked = bytes(a & m for a, m in zip(address, mask, strict=True))
+    return f"{socket.inet_ntoa(masked)}/{sum(bin(byte).count('1') for byte in mask)}"
+
+
+def links():
+    names = sorted(path.split("/")[4] for path in glob.glob("/sys/class/net/*/operstate"))
+    told = {name: [read(f"/sys/class/net/{name}/{file}") for file in ("operstate", "mtu")] for name in names}
+    return {name: {"state": state, "mtu": int(mtu)} for name, (state, mtu) in told.items() if name != "lo"}
+
+
+def facts(key, names):
+    env = os.environ
+    asked = {
+        # Stand-in hosts share a boot id. Their network namespaces differ, as those of two machines do.
+        "host": lambda: f"{read('/proc/sys/kernel/random/boot_id')}/{os.stat('/proc/self/ns/net').st_ino}",
+        "gpus": gpus,
+        "memory": lambda: {n: int(field("/proc/meminfo", n)) * 1024 for n in ("MemTotal", "MemAvailable")},
+        "since": since,
+        "wrapper": lambda: {"sha256": env["NODE_RAY_WRAPPER_SHA256"], "words": env["NODE_RAY_WRAPPER"]},
+        "repository": lambda: env.get("NODE_RAY_REPOSITORY"),
+        "image": lambda: env["NODE_RAY_IMAGE"],
+        "environment": lambda: environment(key, names),
+        "token": lambda: hidden(key, read(env["RAY_AUTH_TOKEN_PATH"])) if "RAY_AUTH_TOKEN_PATH" in env else None,
+        "python": platform.python_version,
+        **{package: lambda package=package: version(package) for package in ("ray", "vllm", "torch")},
+        "infiniband": lambda: sorted(os.listdir("/dev/infiniband")),
+        "memlock": lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        "ipc_lock": lambda: bool(int(field("/proc/self/status", "CapEff"), 16) >> IPC_LOCK & 1),
+        "network": network,
+        "links": links,
+        # The variables that vLLM's older Ray executor leaves to each node.
+        "own_variables": lambda: json.loads(read("~/.config/vllm/ray_non_carry_over_env_vars.json")),
+    }  # fmt: skip
+    return {name: known(ask) for name, ask in asked.items()}
+
+
+class Asker:
+    # An actor, because Ray starts two processes on each node for a task. Their start is nearly all that a probe costs.
+
+    def facts(self, key, names):
+        return facts(key, names)
+
+
+def every_node(key, names):
+    import every
+    import ray
+
+    actor, nodes = ray.remote(num_cpus=0)(Asker), every.nodes()
+    askers = [actor.options(**every.pinned(node)).remote() for node in nodes]
+    answers = every.gather({number: asker.facts.remote(key, names) for number, asker in enumerate(askers)}, SECONDS)
+    for node, told in zip(nodes, answers.values(), strict=True):
+        yield {
+            "address": node["NodeManagerAddress"],
+            "hostname": node["NodeManagerHostname"],
+            "ray_gpus": node["Resources"].get("GPU", 0),
+            "facts": told if isinstance(told, dict) else {"unknown": f"{type(told).__name__}: {told}"},
+        }
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--here":
+        print(json.dumps(facts(sys.argv[2], sys.argv[3:])))
+    else:
+        print(json.dumps(list(every_node(sys.argv[1], sys.argv[2:]))))
