@@ -1,4 +1,4 @@
-"""What NCCL chose is read from its own log, and TCP in place of RDMA never passes for fine."""
+"""The transport that NCCL chose is read from NCCL's own log. TCP in place of RDMA never passes for fine."""
 
 import json
 from dataclasses import replace
@@ -7,19 +7,18 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from checks import fabric, nccl_log, rank
-from checks.fabric import Fabric
-from checks.nccl_log import Transport
-from checks.rank import Rank
+from cluster import fabric, options
+from cluster.fabric import Rank, fabric_findings, fabric_summary, read_log, read_rank
 
 TWO = "rocep1s0f1,roceP2p1s0f1"
-RDMA = Transport(("IB",), ("rocep1s0f1", "roceP2p1s0f1"))
-TCP = Transport(("Socket",), ("enp1s0f1np1",))
-HEAD = Rank("10.0.0.1", "spark-1", "", "nccl", True, 2**28, 20, 0.0125, {"NCCL_IB_HCA": TWO}, RDMA)
+RDMA = {"transports": ("IB",), "devices": ("rocep1s0f1", "roceP2p1s0f1")}
+TCP = {"transports": ("Socket",), "devices": ("enp1s0f1np1",)}
+NONE = {"transports": (), "devices": ()}
+HEAD = Rank("10.0.0.1", "spark-1", "", "nccl", True, 2**28, 20, 0.0125, {"NCCL_IB_HCA": TWO}, **RDMA)
 WORKER = replace(HEAD, address="10.0.0.2", hostname="spark-2", seconds=0.0128)
 
-# In the form of NCCL's own lines: its built-in RoCE of 2.18, the plugin that NGC's images bring, 2.24 and later with
-# devices put together, 2.21 with those of one card put together, other GPUs' proxies, and sockets.
+# In the form of NCCL's own lines: the built-in RoCE of 2.18, the plugin of NGC's images, devices that 2.24 and later
+# combine, the devices of one card that 2.21 combined, and sockets.
 BUILT_IN = """
 spark-1:812:812 [0] NCCL INFO cudaDriverVersion 13000
 spark-1:812:812 [0] NCCL INFO Bootstrap : Using enp1s0f1np1:10.0.0.1<0>
@@ -78,7 +77,7 @@ spark-1:9:14 [0] NCCL INFO transport/net_ib.cc:1432 -> 2
         (PLUGIN, ("IBext_v10",), ("roceP2p1s0f1", "rocep1s0f1")),
         (NAMED_PLUGIN, ("NCCL RDMA Plugin v10",), ("roceP2p1s0f1", "rocep1s0f1")),
         (MADE_ONE, ("IB",), ("rocep1s0f1", "roceP2p1s0f1")),
-        (ONE_CARD, ("IBext",), ("mlx5_0", "mlx5_1")),
+        (ONE_CARD, ("IBext",), ("device 0",)),
         (SOCKETS, ("Socket",), ("enp1s0f0np0", "enp1s0f1np1")),
         (BROKEN, ("IB",), ("device 0",)),
         ("a:1:2 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM", (), ()),
@@ -87,105 +86,105 @@ spark-1:9:14 [0] NCCL INFO transport/net_ib.cc:1432 -> 2
     ids=["2.18", "plugin", "named plugin", "2.27", "one card", "sockets", "no offer", "one host", "silence"],
 )
 def test_the_log_says_what_the_channels_went_over(log, names, devices):
-    """What NCCL offers is not what it uses: only the channels count, whatever the version calls the transport."""
-    assert nccl_log.transport(log) == Transport(names, devices)
-    assert nccl_log.transport(log).rdma == bool(names and names != ("Socket",))
+    """Only the channels count, whatever the version calls the transport: an offer alone is no choice."""
+    assert read_log(log) == (names, devices)
 
 
 def test_a_healthy_fabric_has_a_rate_and_no_finding():
-    """The slowest rank's time counts; busbw is algbw times 2(n-1)/n, as nccl-tests has it."""
-    found = Fabric((HEAD, WORKER))
-    assert fabric.findings(found) == []
-    assert found.algorithm_bandwidth == found.bus_bandwidth == pytest.approx(2**28 / 0.0128)
-    assert Fabric((HEAD, WORKER, WORKER, WORKER)).bus_bandwidth == pytest.approx(2**28 / 0.0128 * 1.5)
-    said = fabric.summary(found)
+    """The slowest rank's time counts. busbw is algbw times 2(n-1)/n, as nccl-tests has it."""
+    assert fabric_findings((HEAD, WORKER)) == []
+    said = fabric_summary((HEAD, WORKER))
     assert said[0] == "10.0.0.1 (spark-1): NET/IB on rocep1s0f1, roceP2p1s0f1"
-    assert "256 MiB between 2 nodes, 20 times" in said[2] and "20.97 GB/s or 167.8 Gbit/s" in said[2]
+    assert "256 MiB between 2 nodes, 20 times: 20.97 GB/s, on the wire 20.97 GB/s or 167.8 Gbit/s" in said[2]
+    assert "20.97 GB/s, on the wire 31.46 GB/s" in fabric_summary((HEAD, WORKER, WORKER, WORKER))[4]
 
 
 def test_tcp_where_rdma_was_asked_for_is_refused():
-    """Each rank's own sentence, with what it was told and what it did; asked for on purpose it is fine."""
-    ranks = tuple(replace(each, transport=TCP) for each in (HEAD, WORKER))
-    first, second = fabric.findings(Fabric(ranks))
+    """Each rank has a sentence with the devices that it was told and the transport that it chose."""
+    ranks = tuple(replace(each, **TCP) for each in (HEAD, WORKER))
+    first, second = fabric_findings(ranks)
     assert first.refuses and first.rule == "fabric"
     assert f"10.0.0.1: RDMA was asked for (NCCL_IB_HCA={TWO}), but NCCL fell back to TCP: NET/Socket on" in first.text
     assert second.text.startswith("10.0.0.2")
     on_purpose = tuple(replace(each, environment={"NCCL_IB_DISABLE": "1"}) for each in ranks)
-    assert fabric.findings(Fabric(on_purpose)) == []
+    assert fabric_findings(on_purpose) == []
 
 
 def test_a_log_without_a_channel_is_no_proof():
-    """Where the log does not say what was used, RDMA has not been shown."""
-    ranks = tuple(replace(each, transport=Transport()) for each in (HEAD, WORKER))
-    assert ["opened no channel" in one.text and one.refuses for one in fabric.findings(Fabric(ranks))] == [True, True]
+    """RDMA is refused where the log does not say which transport was used."""
+    ranks = tuple(replace(each, **NONE) for each in (HEAD, WORKER))
+    assert ["opened no channel" in one.text and one.refuses for one in fabric_findings(ranks)] == [True, True]
 
 
 def test_ranks_that_differ_are_refused():
-    """Different transports, or a GPU that one container lacks."""
-    texts = [one.text for one in fabric.findings(Fabric((HEAD, replace(WORKER, transport=TCP))))]
+    """Different transports, or a GPU that one container lacks, are refused."""
+    texts = [one.text for one in fabric_findings((HEAD, replace(WORKER, **TCP)))]
     assert "10.0.0.2 chose NET/Socket on enp1s0f1np1" in texts[0] and "fell back to TCP" in texts[1]
-    gloo = {"backend": "gloo", "transport": Transport()}
-    (lacks,) = fabric.findings(Fabric((replace(HEAD, **gloo), replace(WORKER, cuda=False, **gloo))))
+    gloo = {"backend": "gloo", **NONE}
+    (lacks,) = fabric_findings((replace(HEAD, **gloo), replace(WORKER, cuda=False, **gloo)))
     assert lacks.refuses and "no GPU in the container of 10.0.0.2" in lacks.text
 
 
 @pytest.mark.parametrize(
-    ("hca", "idle"),
+    ("hca", "used", "idle"),
     [
-        (TWO, ["roceP2p1s0f1"]),
-        ("=rocep1s0f1:1,roceP2p1s0f1:1", ["roceP2p1s0f1"]),
-        ("roce", []),
-        ("^mlx5_bond_0", []),
-        ("rocep1s0f1", []),
+        (TWO, "rocep1s0f1", ["roceP2p1s0f1"]),
+        ("=rocep1s0f1:1,roceP2p1s0f1:1", "rocep1s0f1", ["roceP2p1s0f1"]),
+        ("roce", "rocep1s0f1", []),
+        ("^mlx5_bond_0", "rocep1s0f1", []),
+        ("rocep1s0f1", "rocep1s0f1", []),
+        (TWO, "device 2", []),
     ],
 )
-def test_a_device_that_was_listed_and_not_used_is_a_warning(hca, idle):
-    """Half the devices are half the rate: said, not refused; prefixes and exclusions are NCCL's own syntax."""
-    one = replace(HEAD, environment={"NCCL_IB_HCA": hca}, transport=Transport(("IB",), ("rocep1s0f1",)))
-    found = [each for each in fabric.findings(Fabric((one, WORKER))) if "10.0.0.1" in each.text]
+def test_a_device_that_was_listed_and_not_used_is_a_warning(hca, used, idle):
+    """Half the devices are half the rate: a warning. Prefixes, exclusions and nameless devices warn of nothing."""
+    one = replace(HEAD, environment={"NCCL_IB_HCA": hca}, devices=(used,))
+    found = [each for each in fabric_findings((one, WORKER)) if "10.0.0.1" in each.text]
     assert [each.refuses for each in found] == [False] * bool(idle)
     assert all(f"and not {', '.join(idle)}" in each.text for each in found)
 
 
 def test_gloo_is_told_for_what_it_is():
     """Without CUDA there is a rate, a note, and no failure, though RDMA was asked for."""
-    gloo = {"backend": "gloo", "cuda": False, "transport": Transport(), "size": 2**25}
     network = {"GLOO_SOCKET_IFNAME": "enp1s0f1np1", "NCCL_IB_HCA": TWO}
-    found = Fabric((replace(HEAD, environment=network, **gloo), replace(WORKER, environment=network, **gloo)))
-    assert fabric.findings(found) == []
-    said = fabric.summary(found)
+    gloo = {"backend": "gloo", "cuda": False, "size": 2**25, "environment": network, **NONE}
+    ranks = (replace(HEAD, **gloo), replace(WORKER, **gloo))
+    assert fabric_findings(ranks) == []
+    said = fabric_summary(ranks)
     assert said[0].endswith("gloo on enp1s0f1np1") and "All-reduce of 32 MiB" in said[2]
     assert "proves the network only" in said[3]
 
 
-def test_a_rank_that_hangs_says_over_what_and_why():
-    """NCCL's first warning is the cause; timeout(1) ended it, or Ray had no answer; no rate is made up."""
+def test_a_rank_that_hangs_tells_its_transport_and_the_cause():
+    """NCCL's first warning is the cause. No rate is told for ranks that did not finish."""
     said = {"told": "", "environment": {}}
-    hung = rank.read({"address": "10.0.0.1", "hostname": "spark-1", "status": -9, "log": BROKEN, **said})
-    lost = rank.read({"address": "10.0.0.2", "hostname": "spark-2", "error": "no answer within 48 s"})
-    texts = [one.text for one in fabric.findings(Fabric((hung, lost))) if one.refuses]
+    hung = read_rank({"address": "10.0.0.1", "hostname": "spark-1", "status": -9, "log": BROKEN, **said})
+    lost = read_rank({"address": "10.0.0.2", "hostname": "spark-2", "error": "no answer within 48 s"})
+    texts = [one.text for one in fabric_findings((hung, lost)) if one.refuses]
     assert "did not finish: it hung, over NET/IB on device 0: Call to ibv_modify_qp failed" in texts[0]
     assert "10.0.0.2 (spark-2) did not finish: no answer within 48 s" in texts[1]
-    assert fabric.summary(Fabric((hung, lost))) == []
-    failed = rank.read({"address": "a", "hostname": "b", "status": 1, "log": "x\nRuntimeError: refused\n", **said})
+    assert fabric_summary((hung, lost)) == []
+    failed = read_rank({"address": "a", "hostname": "b", "status": 1, "log": "x\nRuntimeError: refused\n", **said})
     assert failed.error == "status 1: RuntimeError: refused"
+    silent = read_rank({"address": "a", "hostname": "b", "status": 1, "log": "", **said})
+    assert silent.error == "status 1: it said nothing"
 
 
 def test_one_node_has_no_fabric():
-    """Nothing to prove is not proven."""
-    (one,) = fabric.findings(Fabric((HEAD,)))
+    """One node proves nothing, so it is refused."""
+    (one,) = fabric_findings((HEAD,))
     assert one.refuses and "inv worker" in one.text
 
 
-def test_what_the_container_answers_becomes_a_fabric(monkeypatch):
-    """One line of JSON, whatever came before it; anything else is an error, not an empty fabric."""
+def test_the_containers_answer_becomes_ranks(monkeypatch):
+    """The last line is JSON, whatever came before it. Anything else is an error, not an empty fabric."""
     told = {"backend": "gloo", "cuda": False, "size": 4, "iterations": 1, "seconds": 0.5}
     answer = {"address": "a", "hostname": "b", "status": 0, "told": f"noise\n{json.dumps(told)}\n", "log": ""}
     answer["environment"] = {"NCCL_IB_HCA": TWO}
     said = iter([f"noise\n{json.dumps([answer])}\n", "Killed"])
-    monkeypatch.setattr(fabric.engine, "ask", lambda *_: next(said))
-    head = SimpleNamespace(name="node-ray")
-    (one,) = fabric.ask(head).ranks
-    assert one.seconds == 0.5 and one.wants_rdma
+    monkeypatch.setattr(options, "ask_container", lambda *_: next(said))
+    head = SimpleNamespace(name="node-ray", attrs={"Config": {"Env": ["NODE_RAY_REPOSITORY=0123"]}})
+    (one,) = fabric.ask_fabric(head)
+    assert one.seconds == 0.5 and one.hcas == TWO
     with pytest.raises(Exit, match="no list of ranks: 'Killed'"):
-        fabric.ask(head)
+        fabric.ask_fabric(head)

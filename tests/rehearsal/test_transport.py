@@ -6,8 +6,7 @@ import time
 import docker
 import pytest
 
-from checks import fabric
-from checks.fabric import Fabric
+from cluster.fabric import SECONDS, Rank, ask_fabric, fabric_findings, fabric_summary
 from rehearsal.hosts import Host
 from rehearsal.links import LINKS
 from rehearsal.shell import wait
@@ -16,14 +15,14 @@ pytestmark = pytest.mark.rehearsal
 DATA = next(link for link in LINKS if link.roce == "rocep1s0f0")
 
 
-def ask(host: Host) -> Fabric:
-    """The fabric as the host's own container sees it."""
-    return fabric.ask(docker.DockerClient(base_url=host.engine.env["DOCKER_HOST"]).containers.get("node-ray"))
+def ask(host: Host) -> list[Rank]:
+    """Every rank, asked in the host's own container."""
+    return ask_fabric(docker.DockerClient(base_url=host.engine.env["DOCKER_HOST"]).containers.get("node-ray"))
 
 
 def left(host: Host) -> str:
-    """Processes of a rank in the host's container."""
-    return host.run("docker", "exec", "node-ray", "pgrep", "-af", "all_reduce|ask_fabric|ray::rank").stdout
+    """The processes of a rank that are left in the host's container."""
+    return host.run("docker", "exec", "node-ray", "pgrep", "-af", "inside/fabric.py|ray::start_rank").stdout
 
 
 def meeting(host: Host) -> bool:
@@ -33,14 +32,14 @@ def meeting(host: Host) -> bool:
 
 
 def test_the_fabric_of_stand_ins_is_gloo_with_a_rate(cluster, sparks):
-    """Two ranks, a rate, no finding, the note that it proves the network only; and nothing is left."""
+    """Two ranks have a rate, no finding, and the note that gloo proves the network only. Nothing is left of them."""
     before = [host.run("docker", "diff", "node-ray").stdout for host in sparks]
-    found = ask(sparks[0])
-    assert fabric.findings(found) == []
-    assert [rank.address for rank in found.ranks] == [host.address for host in sparks]
-    assert found.bus_bandwidth > 10e6
-    said = "\n".join(fabric.summary(found))
-    assert f"gloo on {found.ranks[0].environment['GLOO_SOCKET_IFNAME']}" in said and "proves the network only" in said
+    ranks = ask(sparks[0])
+    assert fabric_findings(ranks) == []
+    assert [rank.address for rank in ranks] == [host.address for host in sparks]
+    assert all(rank.size / rank.seconds > 10e6 for rank in ranks)
+    said = "\n".join(fabric_summary(ranks))
+    assert f"gloo on {ranks[0].environment['GLOO_SOCKET_IFNAME']}" in said and "proves the network only" in said
     for host, known in zip(sparks, before, strict=True):
         assert wait(lambda host=host: not left(host), 10), left(host)
         new = set(host.run("docker", "diff", "node-ray").stdout.splitlines()) - set(known.splitlines())
@@ -48,17 +47,17 @@ def test_the_fabric_of_stand_ins_is_gloo_with_a_rate(cluster, sparks):
 
 
 def test_a_cable_pulled_in_the_middle_ends_it_in_time(rig, cluster, sparks):
-    """No rank waits for ever: each says that it did not finish, and with the cable back the same is well."""
-    asked: list[Fabric] = []
+    """No rank waits for ever: each tells that it did not finish. With the cable back the fabric is proved again."""
+    asked: list[list[Rank]] = []
     start = time.monotonic()
     asking = threading.Thread(target=lambda: asked.append(ask(sparks[0])))
     asking.start()
     assert wait(lambda: meeting(sparks[0]), 30, pause=0.02)
     rig.link_down(sparks[0], DATA.netdev)
-    asking.join(fabric.SECONDS + 10)
+    asking.join(SECONDS + 10)
     rig.link_up(sparks[0], DATA.netdev)
-    assert asked and time.monotonic() - start < fabric.SECONDS + 10
-    texts = [one.text for one in fabric.findings(asked[0]) if one.refuses]
+    assert asked and time.monotonic() - start < SECONDS + 10
+    texts = [one.text for one in fabric_findings(asked[0]) if one.refuses]
     assert texts and all("did not finish" in text for text in texts), texts
     assert all(wait(lambda host=host: not left(host), 10) for host in sparks)
-    assert wait(lambda: fabric.findings(ask(sparks[0])) == [], 30)
+    assert wait(lambda: fabric_findings(ask(sparks[0])) == [], 30)

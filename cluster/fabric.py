@@ -1,0 +1,177 @@
+"""The network between the nodes, proved by one all-reduce that is timed and logged.
+
+No list of devices tells the transport of the data plane: NCCL falls back to TCP without a word. The all-reduce needs
+every node's GPU and 256 MiB on each, so it cannot run while a server does. The caller has to look first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from invoke import Exit
+
+from cluster.finding import Finding
+from cluster.node import CONTAINER
+from cluster.options import ask_inside
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
+
+SECONDS = 60
+BYTES = 256 * 2**20
+# NCCL's src/transport/net.cc: "Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0". A plugin has a name of its own in
+# place of IB ("IBext_v10", "NCCL RDMA Plugin v10").
+VIA = re.compile(r"Channel \d+/\d+ : \S+ -> \S+ \[(?:send|receive)\] via NET/([^/\n]+)/(\d+)")
+# net_ib.cc and net_socket.cc: "NET/IB : Using [0]rocep1s0f0:1/RoCE [RO]; OOB ...", "NET/Socket : Using [0]enp1s0:...".
+# From 2.24 on also, for RoCE devices combined: "NET/IB : Made virtual device [2] name=rocep1s0f0+roceP2p1s0f0".
+USING = re.compile(r"NET/(\S+) : Using (\[\d+\][^;\n]*)")
+DEVICE = re.compile(r"\[(\d+)\]([^\s:\]={]+):")
+COMBINED = re.compile(r"NET/\S+ : Made virtual device \[(\d+)\] name=(\S+)")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One node's part in the all-reduce; `error` says why there is none. `seconds` is the time of one all-reduce.
+
+    `transports` are the channels between the nodes by NCCL's names (`Socket` is TCP), `devices` those behind them.
+    """
+
+    address: str
+    hostname: str
+    error: str = ""
+    backend: str = ""
+    cuda: bool = False
+    size: int = 0
+    iterations: int = 0
+    seconds: float = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    transports: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+    @property
+    def route(self) -> str:
+        over = " and ".join(f"NET/{name}" for name in self.transports)
+        return f"{over} on {', '.join(self.devices)}" if over else "no network"
+
+    @property
+    def hcas(self) -> str:
+        """The RoCE devices that NCCL was told to use, as NCCL_IB_HCA has them; empty if it was told to use TCP."""
+        return "" if self.environment.get("NCCL_IB_DISABLE") == "1" else self.environment.get("NCCL_IB_HCA", "")
+
+    @property
+    def unused(self) -> list[str]:
+        """The devices of NCCL_IB_HCA that no channel used. A name there is a prefix; `^` lists devices to avoid."""
+        unknown = self.hcas.startswith("^") or any(device.startswith("device ") for device in self.devices)
+        listed = [] if unknown else self.hcas.removeprefix("=").split(",")
+        names = [name.partition(":")[0] for name in listed if name]
+        return [name for name in names if not any(used.startswith(name) for used in self.devices)]
+
+
+def ask_fabric(head: Container, size: int = BYTES) -> list[Rank]:
+    """All-reduce so many bytes (at most BYTES) between all alive nodes, in at most SECONDS; the head's rank is first.
+
+    Nothing stays in the containers. After a Ctrl-C here the all-reduce ends by itself. Raises Exit if Ray could not be
+    asked.
+    """
+    answer = ask_inside(head, SECONDS, "fabric.py", str(min(size, BYTES)))
+    try:
+        return [read_rank(told) for told in json.loads(answer.splitlines()[-1])]
+    except (ValueError, IndexError, TypeError, KeyError):
+        raise Exit(f"Ray's answer in {head.name} is no list of ranks: {answer[-200:]!r}") from None
+
+
+def read_rank(told: dict[str, Any]) -> Rank:
+    """A rank from the answer of inside/fabric.py."""
+    where = {"address": told["address"], "hostname": told["hostname"]}
+    if "error" in told:
+        return Rank(**where, error=told["error"])
+    transports, devices = read_log(told["log"])
+    rank = Rank(**where, environment=told["environment"], transports=transports, devices=devices)
+    if told["status"] == 0:
+        return replace(rank, **json.loads(told["told"].splitlines()[-1]))
+    # Later warnings are echoes of the first. Without one the last line tells most.
+    causes = re.findall("NCCL WARN (.+)", told["log"]) or told["log"].strip().splitlines()[-1:] or ["it said nothing"]
+    # timeout(1) ended it by KILL, which Python calls -9 and a shell 137.
+    end = "it hung" if told["status"] in (-9, 137) else f"status {told['status']}"
+    over = f", over {rank.route}" if transports else ""
+    return replace(rank, error=f"{end}{over}: {causes[0].strip()[:300]}")
+
+
+def read_log(log: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The transports and devices of the channels in NCCL's log. An offer alone is no choice."""
+    names: dict[tuple[bool, str], list[str]] = {}
+    for transport, offered in USING.findall(log):
+        names |= {(transport == "Socket", index): [name] for index, name in DEVICE.findall(offered)}
+    names |= {(False, index): name.split("+") for index, name in COMBINED.findall(log)}
+    channels = VIA.findall(log)
+    devices = [name for via, index in channels for name in names.get((via == "Socket", index), [f"device {index}"])]
+    return tuple(dict.fromkeys(via for via, _ in channels)), tuple(dict.fromkeys(devices))
+
+
+def fabric_summary(ranks: Sequence[Rank]) -> list[str]:
+    """The route of each rank and, if all of several have answered, the rate."""
+    said = []
+    for rank in ranks:
+        gloo = f"{rank.backend} on {rank.environment.get('GLOO_SOCKET_IFNAME', 'any interface')}"
+        if not rank.error:
+            said.append(f"{rank.address} ({rank.hostname}): {rank.route if rank.backend == 'nccl' else gloo}")
+    if len(said) == len(ranks) > 1:
+        # https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "AllReduce": algbw and busbw.
+        rate = ranks[0].size / max(rank.seconds for rank in ranks)
+        bus = rate * 2 * (len(ranks) - 1) / len(ranks)
+        said.append(
+            f"All-reduce of {ranks[0].size // 2**20} MiB between {len(ranks)} nodes, {ranks[0].iterations} times: "
+            f"{rate / 1e9:.2f} GB/s, on the wire {bus / 1e9:.2f} GB/s or {bus * 8 / 1e9:.1f} Gbit/s each way "
+            "(nccl-tests' algbw and busbw)."
+        )
+        if ranks[0].backend != "nccl":
+            said.append("Without CUDA it was gloo: this proves the network only, neither RDMA nor NCCL.")
+    return said
+
+
+def fabric_findings(ranks: Sequence[Rank]) -> list[Finding]:
+    """All that is wrong, under the rule `fabric`. A device that was not used is a warning."""
+    if len(ranks) < 2:
+        return [Finding("fabric", "Ray has one node, so there is no fabric to prove. On the other node: inv worker")]
+    silent = [
+        f"{rank.address} ({rank.hostname}) did not finish: {rank.error}. On that node: ip -brief link; then, with the "
+        f"other's data-plane address: ping -c 3 ADDRESS; and: docker exec {CONTAINER} ls /dev/infiniband"
+        for rank in ranks
+        if rank.error
+    ]
+    return [Finding("fabric", text) for text in silent] or [*_different(ranks), *_slow(ranks)]
+
+
+def _different(ranks: Sequence[Rank]) -> Iterator[Finding]:
+    if len({rank.cuda for rank in ranks}) > 1:
+        lacking = ", ".join(rank.address for rank in ranks if not rank.cuda)
+        text = f"torch finds no GPU in the container of {lacking}. On that node: docker exec {CONTAINER} nvidia-smi"
+        yield Finding("fabric", text)
+    if len({rank.transports for rank in ranks}) > 1:
+        told = ", ".join(f"{rank.address} chose {rank.route}" for rank in ranks)
+        text = f"The ranks chose different transports: {told}. Compare: inv check; then bring the node up again."
+        yield Finding("fabric", text)
+
+
+def _slow(ranks: Sequence[Rank]) -> Iterator[Finding]:
+    for rank in ranks:
+        if rank.backend != "nccl" or not rank.hcas:
+            continue
+        if not rank.transports or "Socket" in rank.transports:
+            went = "fell back to TCP" if rank.transports else "opened no channel that its log tells"
+            text = (
+                f"{rank.address}: RDMA was asked for (NCCL_IB_HCA={rank.hcas}), but NCCL {went}: {rank.route}. On that "
+                f"node: docker exec {CONTAINER} ls /dev/infiniband; if it is gone, a cold boot; then bring the node up "
+                "again. TCP on purpose: RDMA_HCAS= on every node."
+            )
+            yield Finding("fabric", text)
+        elif rank.unused:
+            text = (
+                f"{rank.address}: NCCL used {', '.join(rank.devices)} and not {', '.join(rank.unused)}, which "
+                "NCCL_IB_HCA lists, so part of the rate is missing. On that node: ip -brief link"
+            )
+            yield Finding("fabric", text, refuses=False)

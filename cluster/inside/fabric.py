@@ -1,0 +1,112 @@
+"""Time an all-reduce between all nodes: fabric.py BYTES, in the head's container. Prints each rank's answer as JSON.
+
+Each rank is a process of its own, `fabric.py RANK RANKS ADDRESS PORT BYTES`, because NCCL takes its settings from the
+environment of a process that has not used it yet. The ranks use NCCL if all of them have CUDA, else gloo, which proves
+the network only. A rank ends within RANK_S, even if nobody is left to end it, and leaves no file: NCCL's log is read
+from a pipe.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+RANK_S, ANSWER_S, PATIENCE = 40, 48, timedelta(seconds=30)
+MEASURED_S, MOST_TIMES = 2, 20
+# More bytes would measure how fast a processor adds, not the network.
+MOST_WITHOUT_CUDA = 32 * 2**20
+LOG_CHARS = 100_000
+# NCCL writes each line at once if the log has a file name, so that its last lines before a hang are known.
+LOGGED = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": "/dev/stderr"}
+
+
+# --- The head asks every node -----------------------------------------------------------------------------------------
+
+
+def start_rank(script, *words):
+    """Run one rank on this node; return what it printed and what NCCL logged."""
+    done = subprocess.run(
+        ["timeout", "--signal=KILL", str(RANK_S), sys.executable, script, *words],
+        env={**os.environ, **LOGGED},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    told = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_"))}
+    return {"status": done.returncode, "told": done.stdout, "log": done.stderr[-LOG_CHARS:], "environment": told}
+
+
+def ask_every_node(size):
+    """Start a rank on each node, the head's first because the others meet there; return the answers in that order."""
+    import every
+    import ray
+
+    here = os.environ["VLLM_HOST_IP"]
+    nodes = sorted(every.nodes(), key=lambda node: (node["NodeManagerAddress"] != here, node["NodeManagerAddress"]))
+    with socket.create_server((here, 0)) as free:
+        meeting = [str(len(nodes)), here, str(free.getsockname()[1]), size]
+    task = ray.remote(num_cpus=0, max_retries=0)(start_rank)
+    # A rank takes the node's GPU, so it does not start while a server holds it.
+    asked = {
+        rank: task.options(num_gpus=min(1, node["Resources"].get("GPU", 0)), **every.pinned(node)).remote(
+            os.path.abspath(__file__), str(rank), *meeting
+        )
+        for rank, node in enumerate(nodes)
+    }
+    for rank, answer in every.gather(asked, ANSWER_S).items():
+        if isinstance(answer, ray.exceptions.GetTimeoutError):
+            ray.cancel(asked[rank], force=True)
+            answer = {
+                "error": f"no answer within {ANSWER_S} s; while a server holds its GPU (inv stop) it cannot start"
+            }
+        elif isinstance(answer, Exception):
+            answer = {"error": f"{type(answer).__name__}: {str(answer).strip().splitlines()[-1]}"}
+        where = nodes[rank]
+        yield {"address": where["NodeManagerAddress"], "hostname": where["NodeManagerHostname"], **answer}
+
+
+# --- One rank ---------------------------------------------------------------------------------------------------------
+
+
+def be_rank(rank, ranks, address, port, size):
+    """Meet the other ranks, time the all-reduce with them, and part."""
+    import torch
+    import torch.distributed as dist
+
+    def seconds(count):
+        begun = time.perf_counter()
+        for _ in range(count):
+            dist.all_reduce(tensor)
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / count
+
+    store = dist.TCPStore(address, port, ranks, rank == 0, PATIENCE)
+    store.set(f"cuda/{rank}", str(torch.cuda.is_available()))
+    cuda = all(store.get(f"cuda/{number}") == b"True" for number in range(ranks))
+    size = size if cuda else min(size, MOST_WITHOUT_CUDA)
+    backend, device = ("nccl", "cuda") if cuda else ("gloo", "cpu")
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+    try:
+        tensor = torch.zeros(size // 4, device=device)
+        seconds(1)  # the first connects
+        slowest = torch.tensor([seconds(1)], device=device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        count = max(1, min(MOST_TIMES, int(MEASURED_S / slowest.item())))
+        told = {"backend": backend, "cuda": torch.cuda.is_available(), "size": size, "iterations": count}
+        told["seconds"] = seconds(count)
+        dist.barrier()  # no rank may part while another still measures
+    finally:
+        dist.destroy_process_group()
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        print(json.dumps(list(ask_every_node(sys.argv[1]))))
+    else:
+        be_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
