@@ -134,7 +134,7 @@ def gated(
     settings: ModelSettings, head: Container, known: Known
 ) -> tuple[ModelSettings, Sequence[str], Sequence[Finding]]:
     """Settings to go on with, a sentence for each knob that IMAGE_GATES=auto has emptied, and what is still wrong."""
-    env, launch = container_environment(head), launch_line(settings)
+    env, launch = container_environment(head), settings.launch_line
     emptied: list[str] = []
     said: list[str] = []
     while problems := examine(_line(settings, emptied), known, env):
@@ -154,11 +154,6 @@ def gated(
             do = f"Take it out of {place} or serve with another image: VLLM_IMAGE=... {launch}"
         findings.append(Finding("options", f"{problem} {do}"))
     return settings.emptied(emptied, "IMAGE_GATES=auto"), said, findings
-
-
-def launch_line(settings: ModelSettings) -> str:
-    """The words with which a person launches this model."""
-    return f"inv launch --model {settings.model.name}"
 
 
 def _spelled(knob: str) -> str:

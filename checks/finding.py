@@ -1,2 +1,0 @@
-"""Placeholder: old names for cluster/finding.py."""
-from cluster.finding import Finding

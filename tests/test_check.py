@@ -1,0 +1,97 @@
+"""All that is found before a load is told in one report: to a person line by line, to a machine as JSON."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from invoke import Exit
+
+from cluster import check
+from cluster.agreement import Node
+from cluster.check import Inspection
+from cluster.finding import Finding
+from cluster.models import find_model
+from cluster.options import Known
+from cluster.settings import load_settings
+
+GIB = 2**30
+FACTS = {"memory": {"MemTotal": 120 * GIB, "MemAvailable": 20 * GIB}}
+WORDS = ("vllm", "serve", "x", "--gpu-memory-utilization", "0.75")
+SERVED = SimpleNamespace(alive=True, model="nemotron-3", context=131072, world_size=2, words=WORDS)
+
+
+@pytest.fixture
+def settings(operator):
+    """The settings of a run with nemotron."""
+    return load_settings(find_model("nemotron"), shell={"ENV_FILE": ""})
+
+
+@pytest.fixture
+def inspected(operator, settings):
+    """Inspects two nodes that agree, and of whose memory 20 GiB are left, beside the server that is given."""
+    nodes = [Node(f"10.0.0.{number}", f"spark-{number}", 1, FACTS) for number in (1, 2)]
+    operator.setattr(check, "known_options", lambda *_: Known("0.21.0", {}))
+    operator.setattr(check, "gated", lambda settings, *_: (settings, (), ()))
+    operator.setattr(check, "ask_nodes", lambda *_: nodes)
+    operator.setattr(check, "find_disagreements", lambda *_: [])
+
+    def inspect(server):
+        operator.setattr(check, "ask_server", lambda _: server)
+        return check.inspect(settings, SimpleNamespace())
+
+    return inspect
+
+
+@pytest.mark.parametrize("server", [None, SimpleNamespace(alive=False)])
+def test_the_memory_of_a_model_that_does_not_fit_is_refused(inspected, server):
+    """Each node is judged, also after a server that has ended."""
+    found = inspected(server)
+    assert [one.rule for one in found.findings if one.refuses] == ["memory-floor"] * 2
+    assert [budget["node"] for budget in json.loads(check.as_json(found))["memory"]] == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_the_memory_beside_a_server_is_not_judged(inspected):
+    """A model that is served already would count twice. The report says instead that it runs, and what is left."""
+    found = inspected(SERVED)
+    assert not found.findings and not found.budgets
+    (said,) = found.said
+    assert "A server runs: nemotron-3, 131,072 tokens, GPU_MEM_UTIL 0.75 on each of 2 nodes" in said
+    assert "10.0.0.1 20.0 GiB, 10.0.0.2 20.0 GiB" in said and "inv stop" in said
+
+
+def told(settings, capfd, allowed=()):
+    """The lines of a report with two refusals and a warning, and the message of its Exit if it has one."""
+    findings = [Finding("mtu", "It differs."), Finding("links", "One is down."), Finding("wrapper", "Moved.", False)]
+    try:
+        check.tell_inspection(Inspection(settings, (), (), findings, ["First."]), allowed)
+        ended = None
+    except Exit as refusal:
+        ended = refusal.message
+    return capfd.readouterr().err.splitlines(), ended
+
+
+def test_each_finding_is_told_and_the_refusals_end_it(settings, capfd):
+    """The message of the end has the words that would pass over the rules."""
+    lines, ended = told(settings, capfd)
+    assert lines == ["First.", "REFUSED mtu: It differs.", "REFUSED links: One is down.", "WARNING wrapper: Moved."]
+    assert "Refused by 2 findings" in ended and ended.endswith("--allow mtu,links")
+
+
+def test_a_rule_that_is_allowed_is_told_and_refuses_nothing(settings, capfd):
+    """What was passed over stands at the end, where a person sees it."""
+    lines, ended = told(settings, capfd, ["mtu", "links"])
+    assert ended is None and lines[1] == "ALLOWED mtu: It differs."
+    assert lines[-1] == "PASSED OVER by --allow: mtu, links"
+
+
+def test_a_rule_that_does_not_exist_cannot_be_allowed():
+    """A slip of the pen in --allow is an error, with the names that there are."""
+    assert check.rule_names("mtu,links") == ["mtu", "links"] and check.rule_names(None) == []
+    with pytest.raises(Exit, match="--allow names memlok; the rules are nodes, "):
+        check.rule_names("mtu,memlok")
+
+
+def test_a_plan_foretells_and_refuses_nothing(operator, settings, capfd):
+    """No node was asked, so a model that would not fit on an ordinary Spark is told and not refused."""
+    check.foretell(check.foresee(settings.emptied(["MAX_MODEL_LEN"], "test")))
+    assert "WOULD BE REFUSED memory-unknown: " in capfd.readouterr().err
