@@ -84,7 +84,7 @@ def known_models() -> dict[str, Model]:
 def find_model(name: str) -> Model:
     """Return the model that is called name, or `<folder>-<size>`. Raises Exit with the names there are."""
     models = known_models()
-    by_name = models | {f"{model.folder}-{model.size}": model for model in models.values()}
+    by_name = {f"{model.folder}-{model.size}": model for model in models.values()} | models
     if name not in by_name:
         raise Exit(f"No model is called {name!r}{nearest(name, by_name)}. There are: {', '.join(models)}.")
     return by_name[name]

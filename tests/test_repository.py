@@ -11,6 +11,7 @@ DECIDING = (
     "tasks.py",
     "requirements.lock",
     "templates/a.j2",
+    "tiny/serve.j2",
     "tiny/1b.env",
     "tiny/1b.json",
     "cluster/Dockerfile",
@@ -56,11 +57,11 @@ def test_a_renamed_file_changes_the_digest(checkout):
     [
         *("tests/a.py", "tests/measure/a.py", "docs/a.json", "README.md", "tiny/README.md", ".env", "site.env"),
         *(".venv/a.py", ".git/a.py", "venv/lib/a.py", "build/lib/a.py", "cluster/.a.py", "cluster/a.pyc"),
-        *("cluster/__pycache__/a.json", "dgx_spark_cluster.egg-info/a.json"),
+        *("cache/huggingface/config.json", "dgx_spark_cluster.egg-info/a.json"),
     ],
 )
 def test_a_file_that_decides_nothing_leaves_the_digest(name, checkout):
-    """Tests, documents, the site's own files and what git, pip and Python leave behind may differ from node to node."""
+    """Tests, documents, the site's own files and the leftovers of git, pip and Python may differ from node to node."""
     before = repository_digest()
     assert digest_with(checkout, name) == before
 
