@@ -17,17 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from invoke import Exit
 
-from checks import image
-from cluster import check, engine, guards, load, node, recorder, repository, server
+from cluster import check, engine, guards, load, node, options, recorder, repository, server
 from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
 from cluster.node import CONTAINER, Network
-from cluster.server import Served
 from cluster.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
-
-    from cluster.check import Inspection
 
 # Ray knows a node a moment after the node says that it runs.
 JOIN_S = 30
@@ -235,7 +231,7 @@ def _bring_up_worker(settings: ModelSettings, host: str, started: Started) -> st
     return ""
 
 
-def _check_nodes(settings: ModelSettings, head: Container, allowed: Sequence[str], fabric: bool) -> Inspection:
+def _check_nodes(settings: ModelSettings, head: Container, allowed: Sequence[str], fabric: bool) -> check.Inspection:
     """Run every check, and tell what was found. Raises Exit if a rule refuses. Waits up to JOIN_S for missing nodes."""
     guards.before_launch(settings)
     deadline = time.monotonic() + JOIN_S
@@ -249,12 +245,12 @@ def _check_nodes(settings: ModelSettings, head: Container, allowed: Sequence[str
     return found
 
 
-def _same_server(settings: ModelSettings, head: Container, running: Served) -> ModelSettings:
+def _same_server(settings: ModelSettings, head: Container, running: server.Served) -> ModelSettings:
     """Return the settings of the server that runs, and start its recorder again if that has stopped.
 
     Raises Exit if the server was launched with another line.
     """
-    settings, _, _ = check.gated(settings, head, image.known(head, settings))
+    settings, _, _ = options.gated(settings, head, options.known_options(head, settings))
     wanted = server.serve_words(settings)
     if list(running.words) != wanted:
         extra = " ".join(word for word in running.words if word not in wanted) or "nothing"

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from checks import image
-from cluster import check, engine, guards, load, node, recorder, repository, server, up
+from cluster import check, engine, guards, load, node, options, recorder, repository, server, up
 from cluster.command import ENDINGS, held, run
 from cluster.models import find_model
 from cluster.node import Network
@@ -124,8 +123,8 @@ def site(operator, tmp_path):
         (guards, "is_serving", lambda _: made.serving is not None or "server" in made.did),
         (up, "run", runs),
         (check, "inspect", lambda *_: found),
-        (check, "gated", lambda settings, *_: (settings, (), ())),
-        (image, "known", lambda *_: None),
+        (options, "gated", lambda settings, *_: (settings, (), ())),
+        (options, "known_options", lambda *_: None),
         (check, "tell_inspection", lambda *_: None),
         (server, "prepare", lambda _: made.step("prepare")),
         (server, "begin", begin),
