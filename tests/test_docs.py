@@ -1,4 +1,4 @@
-"""Documents stay true: their tables, names, defaults and examples are compared with the code."""
+"""Documents stay true: their tables, names, defaults, messages and examples are compared with the code."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from invoke.parser import Parser
 import tasks
 from cluster.health import State
 from cluster.models import known_models
-from settings.names import CORE
+from cluster.settings import CORE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -98,7 +98,7 @@ def test_env_example_says_what_each_setting_means():
     assert silent == set()
 
 
-# --- Examples and links ----------------------------------------------------------------------------------------------
+# --- Examples, links, messages ---------------------------------------------------------------------------------------
 
 
 def _examples() -> list[str]:
@@ -132,6 +132,27 @@ def test_every_file_that_a_document_links_to_is_there():
     for file in DOCS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text()):
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def _messages() -> list[str]:
+    """Return the parts of the messages in docs/troubleshooting.md that hold no value of one site."""
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("| ")]
+    quoted = [part for row in rows for part in re.findall("`([^`]+)`", row)]
+    parts = [
+        part.strip(" ,")
+        for each in quoted
+        for part in re.split(r"…|node-ray|nemotron|spark-2:|10.0.0.1:6379|f1|2", each)
+    ]
+    return [part for part in parts if part.count(" ") >= 2]
+
+
+def test_the_messages_of_the_troubleshooting_are_printed_by_the_code():
+    """A reader who searches the page for a message finds it."""
+    code = "\n".join(file.read_text() for file in ROOT.glob("cluster/**/*.*") if file.suffix in (".py", ".sh"))
+    code = re.sub(r"""["']\n *f?["']""", "", code)
+    assert len(_messages()) >= 6
+    assert [part for part in _messages() if part not in code] == []
 
 
 def test_no_path_of_a_machine_is_in_the_repository():
