@@ -46,20 +46,12 @@ def _or_exit(failure: str) -> Iterator[None]:
 
 @cache
 def client() -> DockerClient:
-    """Connect to the Engine that the docker command line would use."""
+    """Connect to the Engine that the docker command line would use: by DOCKER_HOST, or by Docker's context."""
     import docker
-    from docker.context import ContextAPI
 
-    if host := os.environ.get("DOCKER_HOST"):
-        with _or_exit(f"Docker cannot be reached at {host} (DOCKER_HOST)"):
-            return docker.from_env(timeout=30)
-    name = os.environ.get("DOCKER_CONTEXT")
-    with _or_exit("Docker's context cannot be read"):
-        context = ContextAPI.get_context(name)  # the current one, if there is no name
-    if context is None:
-        raise Exit(f"Docker has no context {name or 'of the name in its config.json'}. Type: docker context ls")
-    with _or_exit(f"Docker cannot be reached at {context.Host}"):
-        return docker.DockerClient(context.Host, tls=context.TLSConfig or False, timeout=30)
+    host = os.environ.get("DOCKER_HOST")
+    with _or_exit(f"Docker cannot be reached at {host} (DOCKER_HOST)" if host else "Docker cannot be reached"):
+        return docker.from_env(timeout=30)
 
 
 def our_containers() -> list[Container]:

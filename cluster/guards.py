@@ -85,17 +85,15 @@ def _check_docker(settings: Settings) -> None:
 
 
 def _wait_for_head(address: str, seconds: int) -> None:
-    start = next_remark = time.monotonic()
+    deadline = time.monotonic() + seconds
+    if not port_answers(address, RAY_PORT):
+        say(f"Waiting up to {seconds} s for the head at {address}:{RAY_PORT}.")
     while not port_answers(address, RAY_PORT):
-        now = time.monotonic()
-        if now >= start + seconds:
+        if time.monotonic() > deadline:
             raise Exit(
                 f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there. If the "
                 "head runs, check the cable and HEAD_NODE_IP."
             )
-        if now >= next_remark:
-            next_remark = now + 5
-            say(f"Waiting for the head at {address}:{RAY_PORT}, {start + seconds - now:.0f} s more.")
         time.sleep(0.3)
 
 

@@ -290,7 +290,3 @@ def _end_start(child: Child) -> None:
             run(removal_command(), whole=True)
     except Exit as error:  # the caller's error says more
         say(str(error.message))
-
-
-# Placeholder for what still imports the old names.
-logs, log = log_folder, node_log

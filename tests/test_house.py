@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = sorted(file for file in ROOT.glob("*/*.j2") if file.parent.name != "tests")
-ROOMS = ("checks", "cluster", "command", "fleet", "host", "settings", "vitals")
+ROOMS = ("checks", "cluster", "command", "fleet", "settings", "vitals")
 # Not the scripts in cluster/inside, which run in a container: they read no setting and start no command of this project.
 MODULES = [file for room in ROOMS for file in (ROOT / room).glob("*.py")]
 STARTS = r"\b(subprocess|Popen|os\.(exec\w+|spawn\w+|system|popen|fork)|pty|c\.run|c\.sudo|asyncio)\b"
