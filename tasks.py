@@ -1,7 +1,9 @@
-"""The table of contents: what `inv` can do on each node. What a task says goes to standard error; command lines
-alone go to standard output. What no dry run needs is imported where it is used."""
+"""The table of contents: every task of `inv`, a few lines each.
 
-from collections.abc import Callable
+Standard output gets command lines and the answers that were asked for. Everything else that a task says goes to
+standard error. A module that a dry run does not need is imported inside its task, because every start would pay for it.
+"""
+
 from functools import partial
 
 from invoke import Collection, Context, Exit, Task, task
@@ -10,26 +12,27 @@ from cluster import cleanup as leftovers
 from cluster import guards, image, node, server
 from cluster import plan as planned
 from cluster import token as tokens
-from command import run
-from command.command import Command, say, show, tell
-from settings import models, resolve, version
-from settings.resolve import Settings
+from cluster.command import Command, run, say, show, tell
+from cluster.models import Model, find_model, known_models
+from cluster.repository import check_repository
+from cluster.settings import ModelSettings, Settings, load_settings
 
-# None of their values has a place: Invoke would take what follows the task, even --help, for the first of them.
+# Every argument is a flag. With positional arguments Invoke would take the next word, even --help, for a value.
 verb = partial(task, auto_shortflags=False, positional=[])
 
-MODEL = "the model, by the name of its profile: " + ", ".join(models.known())
-START = "a model whose variables are forwarded and whose image is used"
-DETACH = "come back once Ray runs; inv logs --node has its log"
-LEAVE = "come back at once; inv logs has the log"
-ALLOW = "rules to pass over, comma separated; each finding names its own"
+# The rehearsal's model can be launched by its name, but nobody with two Sparks wants a task for it.
+LISTED = [model for model in known_models().values() if model.folder != "rehearsal"]
+MODEL = "the model, by the name of its profile: " + ", ".join(model.name for model in LISTED)
+START = "the model that gives the node its image and the variables that it forwards"
+DETACH = "return once Ray runs; inv logs --node shows the node's log"
+LEAVE = "return at once; inv logs shows the server's log"
+ALLOW = "rules to pass over, comma separated; each finding names its rule"
 MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 256k (256000)"
+FABRIC = "also run an all-reduce between the nodes' GPUs, to prove the data links"
+JSON = "print JSON on standard output"
 
 
-@verb(name="build-image", help={"base-image": "what Ray is put on (BASE_IMAGE)", "tag": "the new image's name (TAG)"})
-def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
-    """Build the image that every node runs."""
-    _each(c, [image.build_command(_settings(None, BASE_IMAGE=base_image, TAG=tag))])
+# --- Each session ----------------------------------------------------------------------------------------------------
 
 
 @verb(help={"model": START, "detach": DETACH})
@@ -37,7 +40,9 @@ def head(c: Context, model: str | None = None, detach: bool = False) -> None:
     """Bring this node up as the head."""
     settings = _settings(model)
     net = node.find_network(settings)
-    _bring_up(c, node.head_commands(settings, net, detach), lambda: guards.before_head(settings, net))
+    commands = node.head_commands(settings, net, detach)
+    if not _dry(c, *commands):
+        _started(node.bring_node_up(commands, lambda: guards.before_head(settings, net)))
 
 
 @verb(help={
@@ -53,31 +58,32 @@ def worker(
     repository: str | None = None,
 ) -> None:
     """Bring this node up as a worker."""
-    version.check(repository)
+    check_repository(repository)
     settings = _settings(model, HEAD_NODE_IP=head_ip)
     net = node.find_network(settings)
-    _bring_up(c, node.worker_commands(settings, net, detach), lambda: guards.before_worker(settings, net))
+    commands = node.worker_commands(settings, net, detach)
+    if not _dry(c, *commands):
+        _started(node.bring_node_up(commands, lambda: guards.before_worker(settings, net)))
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
 def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
-    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
-    if c.config.run.dry:
-        return show(*server.launch_commands(settings, detach))
-    from checks import inspection, report
+    settings = _model_settings(model, max_len)
+    if _dry(c, *server.launch_commands(settings, detach)):
+        return
+    from cluster import check as checks
     from cluster import load
 
-    allowed = report.rule_names(allow)
-    found = inspection.inspect(settings, guards.before_launch(settings))
-    report.tell(found, allowed)
+    allowed = checks.rule_names(allow)
+    found = checks.inspect(settings, guards.before_launch(settings))
+    checks.tell_inspection(found, allowed)
     load.launch_model(found.settings, [one.address for one in found.nodes], detach)
 
 
 @verb(help={
-    "model": MODEL, "max-len": MAX_LEN, "allow": ALLOW,
-    "keep": "leave what has started as it is, even if a later step fails",
-    "fabric": "prove the data plane too, by an all-reduce between the nodes' GPUs",
+    "model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "fabric": FABRIC,
+    "keep": "leave everything that has started, even if a later step fails",
 })  # fmt: skip
 def up(
     c: Context,
@@ -88,69 +94,70 @@ def up(
     fabric: bool = False,
 ) -> None:
     """Bring all nodes up from the head, serve a model."""
-    from fleet import up as fleet
+    from cluster import check as checks
+    from cluster import up as all_nodes
 
-    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
+    settings = _model_settings(model, max_len)
     net = node.find_network(settings)
-    if c.config.run.dry:
-        return show(*fleet.commands(settings, net))
-    from checks import report
-
-    fleet.up(settings, net, report.rule_names(allow), keep, fabric)
+    if not _dry(c, *all_nodes.up_commands(settings, net)):
+        all_nodes.bring_up(settings, net, checks.rule_names(allow), keep, fabric)
 
 
-@verb(help={"here": "only this node", "head-ip": "only if it is of this head"})
+@verb(help={"json": JSON})
+def health(c: Context, json: bool = False) -> None:
+    """Tell the cluster's state; the exit status says it."""
+    from cluster import health as state
+
+    if not _dry(c, state.gpu_command(), state.gpu_command(node.CONTAINER)):
+        raise Exit(code=state.report_health(_settings(None), json).code)
+
+
+@verb(help={"json": JSON})
+def status(c: Context, json: bool = False) -> None:
+    """Tell what runs on which node, since when."""
+    from cluster.status import report_status
+
+    settings = _settings(None)
+    if not _dry(c):
+        report_status(settings, json)
+
+
+@verb(help={"node": "this node's own log instead of the server's", "follow": "go on with what comes"})
+def logs(c: Context, node: bool = False, follow: bool = False) -> None:
+    """Show the server's log, or this node's own."""
+    command = server.log_command(_settings(None), node, follow)
+    if not _dry(c, command):
+        server.show_log(command)
+
+
+@verb()
+def stop(c: Context) -> None:
+    """End the server and leave Ray up."""
+    if not _dry(c, server.stop_command()):
+        guards.before_stop()
+        run(server.stop_command())
+
+
+@verb(help={"here": "only this node", "head-ip": "only if it belongs to this head"})
 def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
     """End the server and take all nodes down."""
-    from fleet import down as fleet
+    from cluster import up as all_nodes
 
     settings = _settings(None)
     if head_ip is not None and not here:
         raise Exit("--head-ip goes with --here: inv down takes down the nodes of the head that it is typed on.")
-    if c.config.run.dry:
-        return show(*([node.removal_command()] if here else fleet.commands(settings)))
+    if _dry(c, *([node.removal_command()] if here else all_nodes.down_commands(settings))):
+        return
     if here:
-        fleet.here(head_ip)
+        all_nodes.take_down_here(head_ip)
     else:
-        fleet.down(settings)
+        all_nodes.take_down(settings)
 
 
-@verb(help={"json": "for a machine, on standard output"})
-def status(c: Context, json: bool = False) -> None:
-    """Tell what runs on which node, since when."""
-    settings = _settings(None)
-    if c.config.run.dry:
-        return
-    from fleet import status as fleet
-
-    fleet.report(settings, json)
+# --- When something is wrong -----------------------------------------------------------------------------------------
 
 
-@verb(help={"node": "the node's own log, not its server's", "follow": "go on with what comes"})
-def logs(c: Context, node: bool = False, follow: bool = False) -> None:
-    """Show the server's log, or this node's own."""
-    shown = server.log_command(_settings(None), node, follow)
-    if c.config.run.dry:
-        return show(shown)
-    server.show_log(shown)
-
-
-@verb(help={"url": "where the API is, such as http://10.0.0.1:8000"})
-def watch(c: Context, url: str) -> None:
-    """From a third machine: run a hook when it fails."""
-    settings = _settings(None)
-    if c.config.run.dry:
-        return
-    from vitals import watch as watching
-
-    watching.watch(settings, url)
-
-
-@verb(help={
-    "model": MODEL, "max-len": MAX_LEN, "allow": ALLOW,
-    "json": "for a machine, on standard output",
-    "fabric": "prove the data plane too, by an all-reduce between the nodes' GPUs",
-})  # fmt: skip
+@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "json": JSON, "fabric": FABRIC})
 def check(
     c: Context,
     model: str,
@@ -160,21 +167,21 @@ def check(
     fabric: bool = False,
 ) -> None:
     """Find what would go wrong, without loading anything."""
-    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
-    if c.config.run.dry:
-        return
-    from checks import inspection, report
+    from cluster import check as checks
 
-    allowed = report.rule_names(allow)
+    settings = _model_settings(model, max_len)
+    if _dry(c):
+        return
+    allowed = checks.rule_names(allow)
     head = guards.the_head(settings)
     guards.ray_answers(settings)
-    found = inspection.inspect(settings, head)
+    found = checks.inspect(settings, head)
     if fabric:
         guards.nothing_serves(head)
-        found = inspection.proved(found, head)
+        found = checks.proved(found, head)
     if json:
-        tell(report.as_json(found))
-    report.tell(found, allowed)
+        tell(checks.as_json(found))
+    checks.tell_inspection(found, allowed)
 
 
 @verb(help={"csv": "a file to write the same to"})
@@ -183,53 +190,54 @@ def memory(c: Context, csv: str | None = None) -> None:
     from cluster import recorder
 
     settings = _settings(None)
-    if c.config.run.dry:
-        return show(recorder.memory_command())
-    guards.the_head(settings)
-    recorder.watch_memory(settings, csv)
-
-
-@verb()
-def token(c: Context) -> None:
-    """Make the token that Ray then asks everyone for."""
-    if not c.config.run.dry:
-        tokens.make_token(_settings(None))
-
-
-@verb()
-def stop(c: Context) -> None:
-    """End the server and leave Ray up."""
-    if not c.config.run.dry:
-        guards.before_stop()
-    _each(c, [server.stop_command()])
-
-
-@verb(help={"json": "for a machine, on standard output"})
-def health(c: Context, json: bool = False) -> None:
-    """Tell how the cluster is; the exit status says it."""
-    from vitals import health as looks
-
-    if c.config.run.dry:
-        return show(looks.gpu(), looks.gpu_inside())
-    raise Exit(code=looks.report(_settings(None), json).code)
+    if not _dry(c, recorder.memory_command()):
+        guards.the_head(settings)
+        recorder.watch_memory(settings, csv)
 
 
 @verb(help={"yes": "do not ask"})
 def cleanup(c: Context, yes: bool = False) -> None:
     """Show what earlier runs left here, ask, remove it."""
-    if c.config.run.dry:
-        return show(node.removal_command())
-    leftovers.clean_up(_settings(None), yes)
+    if not _dry(c, node.removal_command()):
+        leftovers.clean_up(_settings(None), yes)
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
 def plan(c: Context, model: str, max_len: str | None = None) -> None:
     """Print what every node would run, touching nothing."""
-    settings = _settings(_given(model), MAX_MODEL_LEN=max_len)
-    from checks import inspection, report
+    from cluster import check as checks
 
-    report.foretell(inspection.foresee(settings))
+    settings = _model_settings(model, max_len)
+    checks.foretell(checks.foresee(settings))
     show(*planned.plan_commands(settings))
+
+
+# --- Once ------------------------------------------------------------------------------------------------------------
+
+
+@verb(name="build-image", help={"base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)"})
+def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
+    """Build the image that every node runs."""
+    command = image.build_command(_settings(None, BASE_IMAGE=base_image, TAG=tag))
+    if not _dry(c, command):
+        run(command)
+
+
+@verb()
+def token(c: Context) -> None:
+    """Make the token that Ray then asks everyone for."""
+    if not _dry(c):
+        tokens.make_token(_settings(None))
+
+
+@verb(help={"url": "the API's address, such as http://10.0.0.1:8000"})
+def watch(c: Context, url: str) -> None:
+    """From a third machine: run a hook when it fails."""
+    from cluster.watch import watch_api
+
+    settings = _settings(None)
+    if not _dry(c):
+        watch_api(settings, url)
 
 
 @verb(help={
@@ -262,39 +270,43 @@ def suite(c: Context, fast: bool = False, install: bool = False) -> None:
     tests.everything(install)
 
 
+# --- Shared by the tasks ---------------------------------------------------------------------------------------------
+
+
+def _dry(c: Context, *commands: Command) -> bool:
+    """In a dry run, print the commands that the task would run. Return whether this is a dry run."""
+    if c.config.run.dry and commands:
+        show(*commands)
+    return bool(c.config.run.dry)
+
+
 def _no_dry(c: Context, name: str) -> None:
     if c.config.run.dry:
         raise Exit(f"inv {name} has no dry run: what it would do depends on what it finds on the way.")
 
 
-def _given(model: str | None) -> str:
-    if model is None:
-        raise Exit(f"--model is missing; it takes one of {', '.join(models.known())}.")
-    return model
+def _started(container_id: str | None) -> None:
+    """Print the id of a container that was started detached. `inv up` reads this line to know what it may take down."""
+    if container_id:
+        tell(f"started {container_id}")
 
 
-def _settings(model: str | None, **flags: str | None) -> Settings:
-    settings = resolve.load(models.find(model) if model is not None else None, flags)
+def _settings(name: str | None, **flags: str | None) -> Settings:
+    settings = load_settings(find_model(name) if name is not None else None, flags)
     say(*settings.notes, *settings.overridden())
     return settings
 
 
-def _each(c: Context, commands: list[Command]) -> None:
-    if c.config.run.dry:
-        return show(*commands)
-    for command in commands:
-        run.run(command)
+def _model_settings(name: str | None, max_len: str | None) -> ModelSettings:
+    if name is None:
+        raise Exit(f"--model is missing; it takes one of {', '.join(known_models())}.")
+    settings = load_settings(find_model(name), {"MAX_MODEL_LEN": max_len})
+    say(*settings.notes, *settings.overridden())
+    return settings
 
 
-def _bring_up(c: Context, commands: list[Command], guard: Callable[[], None]) -> None:
-    if c.config.run.dry:
-        return show(*commands)
-    if started := node.bring_node_up(commands, guard):
-        tell(f"started {started}")
-
-
-def _launcher(model: models.Model) -> Task:
-    """`launch-NAME`, for the model called NAME."""
+def _launcher(model: Model) -> Task:
+    """Return the task `launch-NAME` of one model."""
 
     @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
     def launch_model(c: Context, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
@@ -305,9 +317,6 @@ def _launcher(model: models.Model) -> Task:
 
 
 ns = Collection(
-    build_image, head, worker, launch, up, down, status, logs, check, memory, token, stop, health, watch, cleanup, plan,
-    rehearse, suite,
+    head, worker, launch, up, health, status, logs, stop, down, check, memory, cleanup, plan, build_image, token, watch,
+    rehearse, suite, *(_launcher(model) for model in LISTED),
 )  # fmt: skip
-for each in models.known().values():
-    if each.folder != "rehearsal":  # on a Spark nobody wants to launch that one; --model rehearsal does
-        ns.add_task(_launcher(each))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import models
+from cluster.models import known_models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,9 +26,9 @@ TASKS = [
     "up --model nemotron",
     "down",
     "down --here",
-    *(f"launch --model {name}" for name in models.known()),
+    *(f"launch --model {name}" for name in known_models()),
 ]
-PLANS = [f"plan --model {name}" for name in models.known()]
+PLANS = [f"plan --model {name}" for name in known_models()]
 
 
 def _file(line: str) -> str:
@@ -57,7 +57,7 @@ def test_no_golden_file_is_left_over():
     assert {file.stem for file in (ROOT / "tests/golden").iterdir()} == {_file(line) for line in TASKS + PLANS}
 
 
-@pytest.mark.parametrize("name", models.known())
+@pytest.mark.parametrize("name", known_models())
 def test_the_plan_is_what_the_three_tasks_run(name, inv, addresses):
     """`inv plan` prints the same lines as head, worker and launch, each on its own node."""
     head = inv(f"--dry head --model {name}").out

@@ -18,8 +18,9 @@ from invoke import Exit
 from requests.exceptions import JSONDecodeError
 
 from cluster import cleanup, engine, guards, server, token
+from cluster.models import find_model
 from cluster.node import Network
-from settings import models, resolve
+from cluster.settings import load_settings
 
 HERE, ELSEWHERE = "127.0.0.1", "192.0.2.1"
 NEMOTRON = {
@@ -60,7 +61,7 @@ def ray_port(operator):
 
 
 def _refused(guard, *args, model=None, **shell) -> str:
-    settings = resolve.load(models.find(model) if model else None, {}, {"ENV_FILE": "", **shell})
+    settings = load_settings(find_model(model) if model else None, {}, {"ENV_FILE": "", **shell})
     with pytest.raises(Exit) as refusal:
         guard(settings, *args)
     assert refusal.value.code
@@ -192,7 +193,7 @@ def test_launch_where_nothing_is_wrong(docker, ray_port):
     docker.containers = [Container(**NEMOTRON)]
     with socket.create_server((HERE, 0)) as closed:
         port = closed.getsockname()[1]
-    settings = resolve.load(models.find("nemotron"), {}, {"ENV_FILE": "", **KEYS, "PORT": str(port)})
+    settings = load_settings(find_model("nemotron"), {}, {"ENV_FILE": "", **KEYS, "PORT": str(port)})
     assert guards.before_launch(settings) is docker.containers[0]
 
 
@@ -215,7 +216,7 @@ def test_cleanup_asks(typed, removed, docker, capfd, operator):
     operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: typed))
     operator.setattr(cleanup, "run", lambda command, whole: ran.append(command.words))
     if removed:
-        cleanup.clean_up(resolve.load(None, {}, {"ENV_FILE": ""}), False)
+        cleanup.clean_up(load_settings(None, {}, {"ENV_FILE": ""}), False)
     else:
         assert "Nothing was removed." in _refused(cleanup.clean_up, False)
     assert ran == ([["docker", "rm", "--force", "node-ray", "node-17"]] if removed else [])
@@ -252,19 +253,19 @@ def test_the_printed_lines_copy_the_token(operator, tmp_path, capfd):
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     shell = {"RAY_AUTH_TOKEN_PATH": str(place), "ENV_FILE": ""}
-    token.make_token(resolve.load(shell=shell | {"WORKER_HOSTS": "spark-2"}))
+    token.make_token(load_settings(shell=shell | {"WORKER_HOSTS": "spark-2"}))
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("  ssh spark-2 ")
     subprocess.run(["bash", "-c", line], check=True)
     copied = tmp_path / "there/a b/tok'$x"
     assert copied.read_text() == place.read_text() and copied.stat().st_mode & 0o777 == 0o600
     with pytest.raises(Exit, match="is there already") as again:
-        token.make_token(resolve.load(shell=shell))
+        token.make_token(load_settings(shell=shell))
     assert again.value.message.endswith(f"rm {shlex.quote(str(place))}")
     with pytest.raises(Exit, match=r"cannot be written: File exists\. Type: ls -ld "):
-        token.make_token(resolve.load(shell=shell | {"RAY_AUTH_TOKEN_PATH": f"{place}/token"}))
+        token.make_token(load_settings(shell=shell | {"RAY_AUTH_TOKEN_PATH": f"{place}/token"}))
     place.unlink()
-    token.make_token(resolve.load(shell=shell | {"WORKER_HOSTS": ""}))
+    token.make_token(load_settings(shell=shell | {"WORKER_HOSTS": ""}))
     assert "ssh" not in capfd.readouterr().err
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from checks import inspection
+from cluster import check
 from cluster.models import known_models
 
 HF, KEY = "hf_marker7", "sk_marker7"
@@ -97,7 +97,7 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
     operator.setattr("cluster.guards.before_launch", lambda settings: None)
     operator.setattr("cluster.guards.running_node", lambda what_next: None)
     operator.setattr("cluster.guards.is_serving", lambda head: False)
-    operator.setattr("checks.inspection.inspect", lambda settings, head: inspection.foresee(settings))
+    operator.setattr(check, "inspect", lambda settings, head: check.foresee(settings))
     said = inv("launch --model nemotron", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "marker7" not in said.out + said.err
     assert "marker7" not in (tmp_path / "seen.argv").read_text()
