@@ -74,10 +74,7 @@ SAME = (
     # A warning, because whatever decides how a node runs is compared by itself.
     ("wrapper", "repository", False, "{head} and {node} were started from different versions of this repository: "
      "sha256 {here:.12} and {there:.12}. In both checkouts: git status; git pull; then inv down, and bring both up."),
-    ("versions", "vllm", True, ONE_IMAGE),
-    ("versions", "ray", True, ONE_IMAGE),
-    ("versions", "python", True, ONE_IMAGE),
-    ("versions", "torch", True, ONE_IMAGE),
+    *(("versions", package, True, ONE_IMAGE) for package in ("vllm", "ray", "python", "torch")),
     ("token", "token", True, "Ray's token differs: {head} has {here}, {node} has {there} (hashes, not the tokens). "
      "Copy the head's file at RAY_AUTH_TOKEN_PATH to {node}, and bring both up again."),
     ("network", "network", True, "The control links are in different networks: {head} in {here}, {node} in {there}. "
