@@ -25,7 +25,7 @@ USUAL = {
     *(".gitignore", ".ci"),
 }
 # Folders of old names, which leave with the last module that imports them.
-LEAVING = {"checks", "command", "fleet", "settings", "vitals"}
+LEAVING = {"command", "settings"}
 # One sitting reads these.
 FLOW = {"settings", "models", "command", "node", "guards", "links", "engine", "cleanup", "image", "server"}
 # The image has vLLM and Ray, and with vLLM torch and psutil.
