@@ -80,8 +80,8 @@ def _readable(name: str) -> Iterator[None]:
 def render(name: str, **values: object) -> Lines:
     """Render the template called name. Every value is quoted; a name without a value raises jinja2.UndefinedError."""
     with _readable(name):
-        template = _templates().get_template(name)
-    return tuple(_split(line) for line in template.render(values).split("\n") if line.strip())
+        text = _templates().get_template(name).render(values)
+    return tuple(_split(line) for line in text.split("\n") if line.strip())
 
 
 def _split(line: str) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class Command:
     secrets: Mapping[str, str] = field(default_factory=dict)  # secrets that are handed on
     log: Path | None = None  # the file that a detached command writes to
     feeds: Path | None = None  # the file that is its standard input
-    alias: str = ""  # stands for the words in messages, because an operator's own command may hold a secret
+    alias: str = ""  # stands for the words in messages: the words of an operator's own command may hold a secret
 
     @property
     def words(self) -> list[str]:
@@ -296,8 +296,9 @@ def become(command: Command) -> NoReturn:
 def stream(command: Command) -> Iterator[Iterator[str]]:
     """Run a command during the block, and yield its standard output line by line, as it comes.
 
-    The end of the block ends the command: its input is closed, then SIGTERM is sent. A process in a container gets only
-    the former. SIGHUP and SIGTERM to this process end both, unless somebody handles them already.
+    At the end of the block the command's input is closed, and it gets SIGTERM. `docker exec` does not pass SIGTERM on, so
+    a process in a container sees only the end of its input. SIGHUP and SIGTERM to this process end the command and this
+    process, unless this process has a handler for them.
     """
     say(command.text)
     unhandled = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
