@@ -113,9 +113,9 @@ def probe(url: str, key: str | None, seconds: float = PROBE_S) -> Look:
     if answer.well:
         return Look("well")
     if answer.key_wrong:
-        return Look("key", f"it answers {answer.status}")
+        return Look("key", f"the server answers {answer.status}")
     if answer.status is not None:
-        return Look("failed" if answer.status >= 500 else "odd", f"it answers {answer.status}: {text}")
+        return Look("failed" if answer.status >= 500 else "odd", f"the server answers {answer.status}: {text}")
     # Trouble on this machine's side is no outage of the server.
     if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.ENETUNREACH:
         return Look("away", text)
@@ -153,7 +153,7 @@ class Outage:
 
     def see(self, look: Look, now: float) -> tuple[list[str], dict[str, str] | None]:
         """Take in a look at `now` (epoch seconds). Returns the news, and the hook's variables if the hook is due."""
-        before, self.last = self.last, self._told_from_hang(look)
+        before, self.last = self.last, self._busy_or_hung(look)
         kind, reason = self.last.kind, self.last.reason
         if kind == "well":
             return self._well(now), None
@@ -178,7 +178,7 @@ class Outage:
         self.said.add(rule)
         return [line] if new else []
 
-    def _told_from_hang(self, look: Look) -> Look:
+    def _busy_or_hung(self, look: Look) -> Look:
         """Return the look without its metrics; a silent one as busy or hung."""
         now = self.clock()
         if look.kind in ("well", "key", "odd") or look.moving not in (None, self.moving):
@@ -254,7 +254,7 @@ class Hook:
         """The runs so far, in epoch seconds. Raises ValueError if the file holds anything else."""
         runs = kept_json(self.file) if self.file.exists() else []
         if not isinstance(runs, list) or not all(type(at) in (int, float) and 0 <= at < 2**40 for at in runs):
-            raise ValueError("it should hold a list of epoch seconds")
+            raise ValueError("the file must be a list of epoch seconds")
         return runs
 
     def _unusable(self, error: Exception) -> str:
