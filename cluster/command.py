@@ -296,8 +296,8 @@ def become(command: Command) -> NoReturn:
 def stream(command: Command) -> Iterator[Iterator[str]]:
     """Run a command during the block, and yield its standard output line by line, as it comes.
 
-    At the end of the block the command's input is closed, and it gets SIGTERM. `docker exec` does not pass SIGTERM on, so
-    a process in a container sees only the end of its input. SIGHUP and SIGTERM to this process end the command and this
+    At the end of the block the command's input is closed, and it gets SIGTERM. `docker exec` passes no SIGTERM on, so a
+    process in a container sees only the end of its input. SIGHUP and SIGTERM to this process end the command and this
     process, unless this process has a handler for them.
     """
     say(command.text)
