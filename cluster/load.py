@@ -26,7 +26,7 @@ from cluster.recorder import LOAD, keep_json, kept_json, read_recorded
 from cluster.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from rich.live import Live
 
 PAUSE_S = 0.5
 # Where no terminal shows the progress, it is said at each new phase and after so many seconds.
@@ -88,12 +88,15 @@ class Progress:
         self.about = f", {expected:.0f} s expected" if expected else ""
         self.said = time.monotonic()
         self.begun = self.said - (time.time() - since if since else 0)
-        self.status: Status | None = None
+        self.live: Live | None = None
         if sys.stderr.isatty():
             from rich.console import Console
+            from rich.live import Live
 
-            self.status = Console(stderr=True, highlight=False).status("")
-            self.status.start()
+            # What is printed meanwhile goes above the line, but not if standard output is a file.
+            console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+            self.live = Live(console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+            self.live.start()
 
     @property
     def seconds(self) -> float:
@@ -101,30 +104,25 @@ class Progress:
 
     def show(self, where: str, new: bool = False) -> None:
         text = f"{self.model}: {where}, {self.seconds:.0f} s{self.about}"
-        if self.status:
-            from rich.text import Text
-
+        if self.live:
             with suppress(OSError):  # a terminal that is lost does not end the load
-                self.status.update(Text(text))
+                self.live.update(text)
         elif new or time.monotonic() - self.said >= EVERY_S:
             self.said = time.monotonic()
             say(text)
 
-    def print_line(self, line: str) -> None:
-        """Print a line of the log to standard output; on a terminal above the line that changes."""
-        if self.status and sys.stdout.isatty():
-            with suppress(OSError):
-                self.status.console.print(line, markup=False, soft_wrap=True)
-            return
-        try:
-            print(line, flush=True)
-        except OSError:
-            raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
-
     def stop(self) -> None:
         with suppress(OSError):
-            if self.status:
-                self.status.stop()
+            if self.live:
+                self.live.stop()
+
+
+def print_line(line: str) -> None:
+    """Print a line of the log to standard output."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
 
 
 # --- How long a load takes: a file has it by model and nodes ---------------------------------------------------------
@@ -226,7 +224,7 @@ class Load:
             self.last.append(line)
             began |= self.phase.read(line)
             if self.shown:
-                self.progress.print_line(line)
+                print_line(line)
         # `docker exec` may end before the server does.
         if over and not guards.is_serving(guards.running_node("Type: inv up --model NAME")):
             last = "\n".join(f"  {line}" for line in self.last)

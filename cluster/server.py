@@ -6,7 +6,6 @@ The server runs detached, and its log on the host's disk outlives the container.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -210,17 +209,9 @@ def log_command(settings: Settings, of_node: bool, follow: bool) -> Command:
 
 def show_log(command: Command) -> NoReturn:
     """Become log_command. Raises Exit if the log is missing or cannot be read."""
-    file = command.words[-1]
     try:
-        os.stat(file)
-    except FileNotFoundError:
-        where = "The server's log is on the head. A node has a log where it was started with --detach"
-        raise Exit(f"There is no {file} here. {where}.") from None
+        os.stat(command.words[-1])
     except OSError as error:
-        look = f"ls -ld {shlex.quote(os.path.dirname(file))}"
-        raise Exit(f"{file} cannot be read: {error.strerror}. Type: {look}") from None
+        where = "The server's log is on the head. A node has a log where it was started with --detach"
+        raise Exit(f"{command.words[-1]} cannot be read: {error.strerror}. {where}.") from None
     become(command)
-
-
-# Placeholder for what still imports the old name.
-values = serve_values

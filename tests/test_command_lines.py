@@ -106,8 +106,8 @@ def test_down_by_another_heads_address_is_for_this_node_alone(inv):
 def test_a_log_that_cannot_be_read_is_not_called_missing(inv, tmp_path):
     """A missing log and a log that cannot be read have different messages."""
     (tmp_path / "file").touch()
-    assert "There is no " in inv("logs", CACHE_DIR=str(tmp_path)).err
-    assert "cannot be read: Not a directory. Type: ls -ld " in inv("logs", CACHE_DIR=str(tmp_path / "file")).err
+    assert "cannot be read: No such file or directory. The server's " in inv("logs", CACHE_DIR=str(tmp_path)).err
+    assert "cannot be read: Not a directory. The server's " in inv("logs", CACHE_DIR=str(tmp_path / "file")).err
 
 
 def test_a_plan_has_one_worker_for_each_address(inv):

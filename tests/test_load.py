@@ -1,6 +1,9 @@
 """A load that is followed: its phase by the server's own log, its expected time, and stuck told from slow."""
 
 import json
+import os
+import pty
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +17,7 @@ from cluster.api import Answer
 from cluster.load import EVERY_S, PHASES, Load, Phase, Progress, expected_seconds, keep_seconds
 from cluster.models import find_model
 from cluster.recorder import FRESH_S, LOAD
+from cluster.repository import ROOT
 from cluster.settings import load_settings
 
 BOTH = ("10.0.0.1", "10.0.0.2")
@@ -118,60 +122,48 @@ def test_a_load_that_began_earlier_has_taken_as_long(clock, capsys):
 
 def test_lines_of_the_log_go_to_standard_output(capsys, monkeypatch):
     """Unchanged, whatever they hold. If nothing reads them any more, the operator is told that the server runs on."""
-    shown = Progress("tiny")
-    shown.print_line("[bold]100%[/] {x}")
+    load.print_line("[bold]100%[/] {x}")
     assert capsys.readouterr() == ("[bold]100%[/] {x}\n", "")
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone))
     with pytest.raises(Exit, match="The server runs on"):
-        shown.print_line("more")
+        load.print_line("more")
 
 
 def _gone(*_):
     raise BrokenPipeError(32, "Broken pipe")
 
 
-class Terminal:
-    """A terminal as rich writes to it: `shown` has what it shows, and once it is `lost` writing fails."""
-
-    def __init__(self):
-        self.shown, self.lost, self.console = [], False, self
-
-    def print(self, text, **_):
-        """Show a line, above the line that changes."""
-        if self.lost:
-            raise OSError(5, "Input/output error")
-        self.shown.append(str(text))
-
-    update = print
-
-    def stop(self):
-        """Show the cursor again."""
-        self.print("stopped")
+SHOWS = """
+from cluster import load
+shown = load.Progress("tiny", 90)
+shown.show("weights [50%]")
+load.print_line("[bold]100%[/] " + 60 * "long ")
+shown.stop()
+"""
 
 
 @pytest.mark.parametrize("both", [True, False], ids=["a terminal", "standard output to a file"])
-def test_lines_of_the_log_go_above_the_line_that_changes(both, capsys, monkeypatch):
-    """Only if standard output is that terminal, too; a file or a pipe gets them whole, wherever the progress is."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: both, raising=False)
-    shown = Progress("tiny")
-    shown.status = Terminal()
-    shown.print_line("[bold]100%[/]")
-    assert (shown.status.shown, capsys.readouterr().out) == (
-        (["[bold]100%[/]"], "") if both else ([], "[bold]100%[/]\n")
-    )
+def test_lines_of_the_log_go_above_the_line_that_changes(both, tmp_path):
+    """The line that changes leaves the lines of the log whole, on the same terminal and in a file."""
+    terminal, end = pty.openpty()
+    with (tmp_path / "out").open("wb") as file:
+        words = [sys.executable, "-c", SHOWS]
+        env = {"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
+        subprocess.run(words, stdout=end if both else file, stderr=end, env=env, check=True)
+    os.close(end)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    line = "[bold]100%[/] " + 60 * "long "
+    assert "tiny: weights [50%], 0 s, 90 s expected" in shown
+    assert (line in shown, (tmp_path / "out").read_text()) == ((True, "") if both else (False, f"{line}\n"))
 
 
-def test_a_terminal_that_is_lost_ends_no_load(clock, monkeypatch):
+def test_a_terminal_that_is_lost_ends_no_load(clock):
     """The load is not the terminal's: the wait, and its end, go on."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     shown = Progress("tiny")
-    shown.status = Terminal()
+    shown.live = SimpleNamespace(update=_gone, stop=_gone)
     shown.show("weights")
-    shown.status.lost = True
-    shown.show("profiling")
-    shown.print_line("a line")
     shown.stop()
-    assert shown.status.shown == ["tiny: weights, 0 s"]
 
 
 # --- How long a load takes -------------------------------------------------------------------------------------------
