@@ -1,72 +1,118 @@
-"""A stand-in Spark as commands see it: its network, its Docker Engine, its sysfs tree and its cache."""
+"""A stand-in Spark as commands see it, and the cables between stand-in Sparks."""
 
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rehearsal import links, model, place
+from cluster.repository import ROOT
+from rehearsal import model, sandbox
 from rehearsal.engine import Engine
-from rehearsal.shell import bound_to_us
+from rehearsal.shell import bound, run
 
-# What a person types as `inv`, in the Python that runs this.
-INV = (sys.executable, "-m", "invoke", "--search-root", str(Path(__file__).resolve().parent.parent))
+# The words for `inv`, in the Python that runs this.
+INV = (sys.executable, "-m", "invoke", "--search-root", str(ROOT))
+TOOLS = Path(__file__).parent / "standin"  # nvidia-smi
+SWITCH = "switch"
 
 
 @dataclass(frozen=True)
-class Host:
-    """Stand-in Spark number `number`, counted from 1."""
+class Cable:
+    """One PCIe function of a port: its network device, its RoCE device, and its subnet if it has an IPv4 address."""
+
+    netdev: str
+    roce: str
+    subnet: str | None = None
+
+
+CONTROL = Cable("enp1s0f1np1", "rocep1s0f1", "10.0.0")
+CABLES = (
+    CONTROL,
+    Cable("enp1s0f0np0", "rocep1s0f0", "10.0.1"),
+    Cable("enP2p1s0f1np1", "roceP2p1s0f1"),
+    Cable("enP2p1s0f0np0", "roceP2p1s0f0"),
+)
+
+
+@dataclass(frozen=True)
+class Host(Engine):
+    """Stand-in Spark number `number`, counted from 1: a Docker Engine with links, a sysfs tree and a cache."""
 
     number: int
-    root: Path
-    bound: bool = True
-
-    @property
-    def name(self) -> str:
-        """Its host name, which its containers see too."""
-        return f"spark-{self.number}"
 
     @property
     def address(self) -> str:
         """Its IPv4 address on the control link."""
-        return links.CONTROL.address(self.number)
-
-    @property
-    def engine(self) -> Engine:
-        """Its Docker Engine."""
-        return Engine(self.name, self.root)
+        return f"{CONTROL.subnet}.{self.number}"
 
     @property
     def cache(self) -> Path:
-        """Its CACHE_DIR, which holds the tiny model; gone after the run."""
-        return place.state(self.root, self.name) / "cache"
+        """Its CACHE_DIR, which holds the tiny model. The folder is removed after the run."""
+        return self.state / "cache"
 
     @property
     def env(self) -> dict[str, str]:
-        """The whole environment of a command on this host: nothing of the operator's but PATH."""
+        """The whole environment of a command on this host. Of the operator's it has only PATH."""
+        engine = super().env
         return {
-            **self.engine.env,
-            "PATH": f"{place.state(self.root, 'bin')}:{self.engine.env['PATH']}",  # nvidia-smi
-            "SYSFS": str(self.engine.state / "sys"),
+            **engine,
+            "PATH": f"{sandbox.state(self.root, 'bin')}:{TOOLS}:{engine['PATH']}",
+            "SYSFS": str(self.state / "sys"),
             "CACHE_DIR": str(self.cache),
-            "ENV_FILE": "",  # the operator's .env says nothing about this host
+            "ENV_FILE": "",  # no .env: the operator's is about other hosts
         }
 
     def command(self, *words: str) -> list[str]:
-        """The words that run `words` on this host, with the /sys of its network; give it `env` too."""
-        return ["ip", "netns", "exec", self.engine.namespace, *words]
+        """Words that run on this host, with its network and the /sys of that network. Give them `env` too."""
+        return sandbox.entered("ip", "netns", "exec", self.name, *words)
 
     def run(self, *words: str, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
-        """Run words on this host to their end; `env` is added to the host's own. Options are subprocess.run's."""
+        """Run words on this host to their end, with `env` added to the host's own and options of subprocess.run."""
         options = {"text": True, "capture_output": True, "stdin": subprocess.DEVNULL, **options}
         return subprocess.run(self.command(*words), env={**self.env, **(env or {})}, **options)
 
     def popen(self, *words: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-        """Start words on this host; they are killed with this process unless the rig is kept."""
-        line = self.command(*words)
-        return subprocess.Popen(bound_to_us(*line) if self.bound else line, env={**self.env, **(env or {})}, **options)
+        """Start words on this host. The kernel kills them when the thread that started them ends."""
+        return subprocess.Popen(bound(*self.command(*words)), env={**self.env, **(env or {})}, **options)
 
-    def prepare(self) -> None:
-        """Write its sysfs tree and the tiny model."""
-        links.write_sysfs(self.engine.state / "sys")
+    def furnish(self) -> None:
+        """Write the tiny model, and a sysfs tree: live network devices, and RoCE devices that point at them."""
         model.write(self.cache / "huggingface" / model.NAME)
+        folder = self.state / "sys/class"
+        folder.mkdir(parents=True)
+        (folder / "net").symlink_to("/sys/class/net")
+        for cable in CABLES:
+            devices = folder / "infiniband" / cable.roce / "device/net"
+            devices.mkdir(parents=True)
+            (devices / cable.netdev).symlink_to(f"/sys/class/net/{cable.netdev}")
+
+
+def connect(hosts: list[Host], *others: str) -> None:
+    """Make the hosts' networks and those called `others`, and cable the hosts through bridges in the switch's."""
+    for network in (SWITCH, *others, *(host.name for host in hosts)):
+        _ip("netns", "add", network)
+        _ip("-n", network, "link", "set", "lo", "up")
+    for bridge, cable in enumerate(CABLES):
+        _ip("-n", SWITCH, "link", "add", f"br{bridge}", "up", "type", "bridge")
+        for host in hosts:
+            port = _port(host, cable)
+            peer = ("peer", "name", port, "netns", SWITCH)
+            _ip("link", "add", cable.netdev, "netns", host.name, "type", "veth", *peer)
+            _ip("-n", SWITCH, "link", "set", port, "up", "master", f"br{bridge}")
+            if cable.subnet:
+                _ip("-n", host.name, "address", "add", f"{cable.subnet}.{host.number}/24", "dev", cable.netdev)
+            _ip("-n", host.name, "link", "set", cable.netdev, "up")
+
+
+def switch(host: Host, netdev: str, state: str) -> None:
+    """Set the far end of a host's cable `up` or `down`. The carrier of the host's own end follows."""
+    cable = next(cable for cable in CABLES if cable.netdev == netdev)
+    _ip("-n", SWITCH, "link", "set", _port(host, cable), state)
+
+
+def _port(host: Host, cable: Cable) -> str:
+    return f"p{host.number}-{CABLES.index(cable)}"
+
+
+def _ip(*words: str) -> None:
+    run(*sandbox.entered("ip", *words))

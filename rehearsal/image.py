@@ -1,12 +1,19 @@
-"""The stand-in for NGC's vLLM image: Debian from debootstrap, a real CPU build of vLLM, no Ray."""
+"""The stand-in for NGC's vLLM image: Debian from debootstrap, a real CPU build of vLLM, no Ray.
 
+The builder's containers borrow this machine's pip settings. Nothing of those settings is written into an image.
+"""
+
+import ast
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from rehearsal import place
+from rehearsal import sandbox
 from rehearsal.engine import Engine
-from rehearsal.shell import Say, contained, logged, run, step
+from rehearsal.shell import RehearsalError, Say, run, tail, works
 
 CONTEXT = Path(__file__).parent / "standin"
 SUITE = "bookworm"  # its Python is 3.11
@@ -14,26 +21,36 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PACKAGES = ("python3", "python3-pip", "binutils", "libnuma1", "curl", "ca-certificates", "iproute2", "procps")
 LEFT_OUT = ("./var/cache/apt/*", "./var/lib/apt/lists/*", "./usr/share/doc/*", "./usr/share/man/*",
             "./usr/share/locale/*", "./dev/*")  # fmt: skip
+PIP = ("index-url", "extra-index-url", "find-links", "trusted-host", "no-index", "proxy", "timeout", "retries", "cert")
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def make(builder: Engine, say: Say) -> str:
-    """Build what is missing on the builder's engine and return the image's name; its inputs are in the tag."""
+    """Build what is missing on the builder's engine, and return the image's name. Its tag tells its inputs."""
+    files = sorted(file for file in CONTEXT.rglob("*") if file.is_file())
+    texts = [f"{file.relative_to(CONTEXT)}\n{file.read_text()}" for file in files]
     base = f"rehearsal/base:{_digest(SUITE, *PACKAGES)}"
-    image = f"rehearsal/vllm:{_digest(base, *_texts())}"
+    image = f"rehearsal/vllm:{_digest(base, *texts)}"
     if not builder.image_id(base):
-        with step(say, f"base system (Debian {SUITE})"):
-            _bootstrap(builder, base)
+        say(f"base system (Debian {SUITE}) …")
+        _bootstrap(builder, base)
     if not builder.image_id(image):
-        with step(say, "stand-in vLLM image"):
-            _build(builder, base, image)
-    _forget(builder, keep=(base, image))
+        say("stand-in vLLM image …")
+        words = ("--network", "host", "--build-arg", f"BASE={base}", "--tag", image, CONTEXT)
+        _logged(builder, "vllm", "docker", "build", *words)
+    # Images of earlier versions of this folder go, to give their disk back.
+    ours = [word for name in ("base", "vllm") for word in ("--filter", f"reference=rehearsal/{name}")]
+    listed = builder.docker("image", "ls", *ours, "--format", "{{.Repository}}:{{.Tag}}").split()
+    if old := set(listed) - {base, image}:
+        builder.docker("image", "rm", "--force", *old)
     return image
 
 
 def clone(builder: Engine, engine: Engine) -> None:
     """Give an engine that is stopped the builder's images, and nothing else.
 
-    Layers become hard links: nobody writes into a layer, and `docker save | docker load` takes a minute per host.
+    Layers become hard links, because nobody writes into a layer. `docker save | docker load` takes a minute per host.
     """
     shutil.rmtree(engine.data, ignore_errors=True)
     engine.data.mkdir(parents=True)
@@ -44,33 +61,66 @@ def clone(builder: Engine, engine: Engine) -> None:
 def _bootstrap(builder: Engine, base: str) -> None:
     folder, archive = builder.root / "base", builder.root / "base.tar"
     shutil.rmtree(folder, ignore_errors=True)
-    words = ("debootstrap", "--variant=minbase", "--force-check-gpg", f"--keyring={KEYRING}")
-    bootstrap = (*words, f"--include={','.join(PACKAGES)}", SUITE, folder)
-    logged(place.log(builder.root, "base"), *contained(*bootstrap))
-    logged(place.log(builder.root, "tar"), "tar", "--directory", folder, *(f"--exclude={path}" for path in LEFT_OUT),
-           "--create", "--file", archive, ".")  # fmt: skip
-    logged(place.log(builder.root, "import"), "docker", "import", archive, base, env=builder.env)
+    checked = ("debootstrap", "--variant=minbase", "--force-check-gpg", f"--keyring={KEYRING}")
+    _logged(builder, "base", "unshare", "--mount", *checked, f"--include={','.join(PACKAGES)}", SUITE, folder)
+    without = [f"--exclude={path}" for path in LEFT_OUT]
+    _logged(builder, "tar", "tar", "--directory", folder, *without, "--create", "--file", archive, ".")
+    _logged(builder, "import", "docker", "import", archive, base)
     shutil.rmtree(folder)
     archive.unlink()
 
 
-def _build(builder: Engine, base: str, image: str) -> None:
-    logged(place.log(builder.root, "vllm"), "docker", "build", "--network", "host", "--build-arg", f"BASE={base}",
-           "--tag", image, CONTEXT, env=builder.env)  # fmt: skip
-
-
-def _forget(builder: Engine, keep: tuple[str, ...]) -> None:
-    """Remove images of earlier versions of this folder, to give their disk back."""
-    ours = [word for name in keep for word in ("--filter", f"reference={name.partition(':')[0]}")]
-    listed = builder.docker("image", "ls", *ours, "--format", "{{.Repository}}:{{.Tag}}").split()
-    if old := set(listed) - set(keep):
-        builder.docker("image", "rm", "--force", *old)
-
-
-def _texts() -> list[str]:
-    files = sorted(file for file in CONTEXT.rglob("*") if file.is_file())
-    return [f"{file.relative_to(CONTEXT)}\n{file.read_text()}" for file in files]
+def _logged(builder: Engine, name: str, *words: str | Path) -> None:
+    """Run a long step in the sandbox, with its output in a log. Raises RehearsalError with the end of the log."""
+    log = sandbox.log(builder.root, name)
+    with log.open("w") as output:
+        line = sandbox.entered(*words, processes=True)
+        done = subprocess.run(line, env=builder.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    if done.returncode:
+        raise RehearsalError(f"{words[0]} failed ({done.returncode}), see {log}:\n{tail(log.read_text(), 15)}")
 
 
 def _digest(*inputs: str) -> str:
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:12]
+
+
+def pip_additions() -> dict:
+    """Return the mounts and variables that give a container this machine's pip settings.
+
+    Folders that `find-links` names are lent too. An index that is a folder is left out: its links may lead anywhere.
+    /run becomes a tmpfs, so that no mount point stays behind in an image.
+    """
+    settings = pip_settings()
+    lent: dict[str, str] = {}
+    links = []
+    for word in settings.get("find-links", "").split():
+        path = Path(word.removeprefix("file://")).expanduser()
+        if path.is_dir():
+            word = f"/run/rehearsal-wheels-{len(lent)}"
+            lent[word] = str(path.resolve())
+        links.append(word)
+    certificates = Path(settings.get("cert") or CERTIFICATES)
+    if certificates.is_file():
+        settings["cert"] = "/run/rehearsal.pem"
+        lent["/run/rehearsal.pem"] = str(certificates.resolve())
+    settings["find-links"] = " ".join(links)
+    chosen = {name: settings[name] for name in PIP if settings.get(name)}
+    env = [f"PIP_{name.replace('-', '_').upper()}={' '.join(value.split())}" for name, value in chosen.items()
+           if not (name.endswith("index-url") and "file:" in value)]  # fmt: skip
+    mounts = [{"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=755"]}]
+    for inside, source in lent.items():
+        mounts.append({"destination": inside, "type": "bind", "source": source, "options": ["rbind", "ro"]})
+    return {"mounts": mounts, "env": env + [f"{name}={os.environ[name]}" for name in PROXIES if name in os.environ]}
+
+
+def pip_settings() -> dict[str, str]:
+    """Return pip's settings for `install` as pip tells them. Its environment variables win over its files."""
+    pip = [sys.executable, "-m", "pip"]
+    if not works(*pip, "--version"):
+        pip = [shutil.which("pip3") or shutil.which("pip") or "true"]
+    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
+    for line in run(*pip, "config", "list").splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.rpartition(".")
+        sections.get(section, {})[name.removeprefix("default-")] = str(ast.literal_eval(value))
+    return sections["global"] | sections["install"] | sections[":env:"]

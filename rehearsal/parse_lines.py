@@ -1,4 +1,4 @@
-"""Run inside an image: which of the `vllm serve` lines on standard input (JSON) does vLLM's own parser refuse?"""
+"""Runs in an image: which of the `vllm serve` lines on standard input (JSON) does vLLM's own parser refuse?"""
 
 import contextlib
 import io
@@ -10,7 +10,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def complaint(line):
-    """What the parser says against a line, or nothing."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -22,7 +21,6 @@ def complaint(line):
         return said.getvalue().strip().splitlines()[-1]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return ""
 
 
 complaints = [f"{said}: {' '.join(line)}" for line in json.load(sys.stdin) if (said := complaint(line))]

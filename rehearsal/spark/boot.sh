@@ -1,29 +1,42 @@
 #!/bin/sh
-# The inside of one stand-in Spark: started in mount, process and host-name namespaces of its own, ends as its Docker
-# Engine. Whatever is mounted or written here below /etc, /opt, /run, /dev and /proc is seen by nobody else.
-#   boot.sh STATE HOSTNAME NETNS CGROUP_FILE INFINIBAND(1|0)
+# Makes one stand-in Spark and becomes its Docker Engine. It runs in mount, process and host-name namespaces of its own,
+# so nobody else sees what is mounted or written here below /etc, /opt, /run, /dev and /proc.
+#   boot.sh NAME STATE DATA CGROUP REPOSITORY PYTHON
 set -eu
-STATE=$1 HOSTNAME=$2 NETNS=$3 CGROUP_FILE=$4 INFINIBAND=$5
+NAME=$1 STATE=$2 DATA=$3 CGROUP=$4 REPOSITORY=$5 PYTHON=$6
 
-echo 0 > "$CGROUP_FILE"
-echo "$HOSTNAME" > /proc/sys/kernel/hostname
+echo "$NAME" > /proc/sys/kernel/hostname
 
-mkdir -p "$STATE/net" "$STATE/private"
+# After a power cut, the first three name processes that do not exist any more.
+rm -rf "$STATE/exec" "$STATE/docker.pid" "$STATE/docker.sock" "${STATE:?}/bin"
+mkdir -p "$STATE/net" "$STATE/private" "$STATE/bin"
+# dockerd finds these two before others. The hook is what makes dockerd offer `--gpus`.
+ln -s "$(command -v true)" "$STATE/bin/nvidia-container-runtime-hook"
+printf '#!/bin/sh\nexec "%s" -IS "%s" "%s" "%s" "$@"\n' \
+    "$PYTHON" "${0%/*}/runc.py" "$(command -v runc)" "$STATE/additions.json" > "$STATE/bin/runc"
+chmod +x "$STATE/bin/runc"
+cp /etc/resolv.conf "$STATE/"
+
 touch "$STATE/net/own" "$STATE/net/machine"
-mount --bind "/run/netns/$NETNS" "$STATE/net/own"
+mount --bind "/run/netns/$NAME" "$STATE/net/own"
 mount --bind /proc/self/ns/net "$STATE/net/machine"
 mount -t tmpfs -o mode=755 rehearsal "$STATE/private"
 
+# Containers mount scripts of the repository, which may itself lie below one of the folders that are covered here.
+mkdir "$STATE/private/repository"
+mount --bind "$REPOSITORY" "$STATE/private/repository"
 # dockerd and containerd leave keys, folders and sockets there, and would use a containerd that runs on this machine.
 for folder in etc opt run; do
     mkdir -p "/$folder" "$STATE/private/$folder/upper" "$STATE/private/$folder/work"
     mount -t overlay -o \
         "lowerdir=/$folder,upperdir=$STATE/private/$folder/upper,workdir=$STATE/private/$folder/work" overlay "/$folder"
 done
+mkdir -p "$REPOSITORY"
+mount --bind "$STATE/private/repository" "$REPOSITORY"
 mkdir -p /run/containerd
 mount -t tmpfs -o mode=711 rehearsal /run/containerd
 rm -f /etc/hosts /etc/resolv.conf
-cp "$STATE/etc/hosts" "$STATE/etc/resolv.conf" /etc/
+cp "$STATE/hosts" "$STATE/resolv.conf" /etc/
 
 mkdir "$STATE/private/dev" "$STATE/private/dev/pts" "$STATE/private/dev/shm"
 for node in null zero full random urandom tty fuse; do
@@ -36,14 +49,18 @@ mv "$STATE/private/dev/2" "$STATE/private/dev/stderr"
 ln -s pts/ptmx "$STATE/private/dev/ptmx"
 mount --bind /dev/pts "$STATE/private/dev/pts"
 mount --bind /dev/shm "$STATE/private/dev/shm"
-if [ "$INFINIBAND" = 1 ]; then
-    mkdir "$STATE/private/dev/infiniband"
-    mknod "$STATE/private/dev/infiniband/uverbs0" c 1 3
-fi
+mkdir "$STATE/private/dev/infiniband"
+mknod "$STATE/private/dev/infiniband/uverbs0" c 1 3
 mount --rbind "$STATE/private/dev" /dev
 mount -t proc proc /proc
 
-# By nsenter, because `ip netns exec` mounts /sys anew and hides the control groups; an init, because dockerd as
-# process 1 would never reap what its containers leave behind.
-exec nsenter --net="$STATE/net/own" \
-    env "PATH=$STATE/bin:$PATH" docker-init -- dockerd --config-file "$STATE/engine.json"
+# Without a file dockerd reads this machine's own. The snapshotter is the default of new engines; rehearsal/image.py clones
+# overlay2.
+echo '{"features": {"containerd-snapshotter": false}}' > "$STATE/engine.json"
+# nsenter, because `ip netns exec` mounts /sys anew and hides the control groups. An init, because dockerd as process 1
+# never reaps what its containers leave behind.
+exec nsenter --net="$STATE/net/own" env "PATH=$STATE/bin:$PATH" docker-init -- dockerd \
+    --config-file "$STATE/engine.json" --host "unix://$STATE/docker.sock" --pidfile "$STATE/docker.pid" \
+    --data-root "$DATA" --exec-root "$STATE/exec" --storage-driver overlay2 \
+    --bridge none --iptables=false --ip-forward=false \
+    --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "$CGROUP"

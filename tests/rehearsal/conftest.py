@@ -5,13 +5,13 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from operating import Terminal, bring_up
+from operating import Terminal, bring_up, joined, serving
+from shells import Shells
 
 from rehearsal import needs
 from rehearsal.flow import IMAGE, Flow
 from rehearsal.hosts import Host
 from rehearsal.rig import Rig
-from rehearsal.shells import Shells
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +34,56 @@ def shells(rig: Rig) -> Shells:
     return made
 
 
+class Standing:
+    """Head and worker for the tiny model, which stay up from test to test as long as the tests leave them whole."""
+
+    def __init__(self, hosts: list[Host]) -> None:
+        self.hosts = hosts
+        self.terminals: list[Terminal] = []
+
+    def up(self) -> list[Terminal]:
+        """Their terminals. Ray has both nodes and no server runs."""
+        if not self._whole():
+            self.down()
+            self.terminals = bring_up(self.hosts, Terminal)
+        return self.terminals
+
+    def down(self) -> None:
+        """Remove the containers and wait for the terminals."""
+        for host in self.hosts:
+            host.run("docker", "rm", "--force", "node-ray")
+        for terminal in self.terminals:
+            terminal.process.wait(30)
+        self.terminals = []
+
+    def _whole(self) -> bool:
+        alive = self.terminals and all(terminal.process.poll() is None for terminal in self.terminals)
+        return bool(alive) and joined(self.hosts) and not serving(self.hosts[0])
+
+
+@pytest.fixture(scope="module")
+def standing(rig: Rig) -> Iterator[Standing]:
+    """One cluster for the tests of a module."""
+    made = Standing(rig.hosts)
+    yield made
+    made.down()
+
+
 @pytest.fixture
-def sparks(rig: Rig) -> Iterator[list[Host]]:
-    """The two hosts with nothing on them, before and after."""
-    yield rig.hosts
-    for host in rig.hosts:
-        host.run("docker", "rm", "--force", "node-ray")
+def sparks(rig: Rig, standing: Standing, request: pytest.FixtureRequest) -> Iterator[list[Host]]:
+    """The two hosts with nothing on them before and after, unless the test asks for the cluster too."""
+    if "cluster" in request.fixturenames:
+        yield rig.hosts
+    else:
+        standing.down()
+        yield rig.hosts
+        standing.down()
+
+
+@pytest.fixture
+def cluster(standing: Standing) -> list[Terminal]:
+    """Head and worker up for the tiny model, and Ray has both."""
+    return standing.up()
 
 
 @pytest.fixture
@@ -55,9 +99,3 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
     for left in opened:
         if left.process.poll() is None:
             left.end(signal.SIGKILL)
-
-
-@pytest.fixture
-def cluster(sparks: list[Host], terminal: Callable[..., Terminal]) -> list[Terminal]:
-    """Head and worker up for the tiny model, and Ray has both."""
-    return bring_up(sparks, terminal)

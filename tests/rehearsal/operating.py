@@ -12,6 +12,8 @@ from rehearsal.shell import wait
 
 KEY = "sk-stand-in-marker"
 SHELL = {"VLLM_IMAGE": IMAGE}
+# `inv` in a terminal. Under `nohup` or behind `&`, SIGHUP or SIGINT would be inherited as ignored.
+TYPED = ("env", "--default-signal=HUP,INT", *INV)
 
 
 class Terminal:
@@ -20,7 +22,7 @@ class Terminal:
     def __init__(self, host: Host, *words: str, **env: str) -> None:
         self.said = ""
         self.process = host.popen(
-            *INV, *words, env=SHELL | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            *TYPED, *words, env=SHELL | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         os.set_blocking(self.process.stdout.fileno(), False)
 
@@ -47,9 +49,13 @@ def bring_up(sparks: list[Host], terminal: Callable[..., Terminal], **env: str) 
     head, *workers = sparks
     opened = [terminal(head, "head", "--model", "rehearsal", **env)]
     opened += [terminal(worker, "worker", "--model", "rehearsal") for worker in workers]
-    joined = lambda: f"Ray: {len(sparks)} nodes" in inv(head, "health").stderr  # noqa: E731
-    assert wait(joined, 90, pause=1), [one.read() for one in opened]
+    assert wait(lambda: joined(sparks), 90, pause=1), [one.read() for one in opened]
     return opened
+
+
+def joined(sparks: list[Host]) -> bool:
+    """Whether Ray has every node."""
+    return f"Ray: {len(sparks)} nodes" in inv(sparks[0], "health").stderr
 
 
 def inv(host: Host, *words: str, **env: str) -> subprocess.CompletedProcess:

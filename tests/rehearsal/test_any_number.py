@@ -4,12 +4,12 @@ import os
 
 import pytest
 from operating import KEY, SHELL, containers, inv
+from shells import Shells
 
-from rehearsal import needs, sweep
+from rehearsal import needs, sandbox
 from rehearsal.flow import ALLOW, IMAGE, Flow
 from rehearsal.hosts import INV
 from rehearsal.rig import Rig
-from rehearsal.shells import Shells
 
 pytestmark = pytest.mark.rehearsal
 # What is left of this machine's memory for each of four is nothing to warn of.
@@ -21,7 +21,7 @@ def four():
     """The hosts, each with a sshd."""
     if said := needs.missing(tests=True):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
-    sweep.take_down()
+    sandbox.take_down()
     with Rig(4, say=lambda line: print(line, flush=True)) as rig:
         Flow(rig, rig.say).build()
         rig.copy(IMAGE)

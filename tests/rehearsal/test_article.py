@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rehearsal import needs, sweep
+from rehearsal import needs, sandbox
 from rehearsal.hosts import INV
 
 pytestmark = pytest.mark.rehearsal
@@ -19,7 +19,7 @@ def able():
     if said := needs.missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
     yield
-    sweep.take_down()
+    sandbox.take_down()
 
 
 def rehearse(*flags: str) -> subprocess.CompletedProcess:
@@ -41,7 +41,7 @@ def test_kept_sparks_answer_as_it_says_and_go_when_told():
     done = rehearse("--keep", "--hosts", "1")
     assert done.returncode == 0
     for line, answer in (("docker ps", "node-ray"), ("/v1/models", '"tiny"')):
-        typed = next(said for said in done.stderr.splitlines() if said.startswith("  ip netns") and said.endswith(line))
+        typed = next(said for said in done.stderr.splitlines() if said.startswith("  nsenter") and said.endswith(line))
         told = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, timeout=60, check=True)
         assert answer in told.stdout
     second = rehearse()

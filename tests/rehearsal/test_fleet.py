@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from operating import KEY, SHELL, containers, gone, inv, serving, settled
+from operating import KEY, SHELL, TYPED, containers, gone, inv, serving, settled
+from shells import FULL
 
 from rehearsal.flow import ALLOW
 from rehearsal.hosts import INV, Host
 from rehearsal.shell import wait
-from rehearsal.shells import FULL
 
 pytestmark = pytest.mark.rehearsal
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -128,7 +128,7 @@ def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair):
     """The load goes on, as with `launch`, and the next `up` waits for it. A second `up` at the same time is refused."""
     ours, theirs = pty.openpty()
     typed = pair[0].popen(
-        *INV, *UP, env=SHELL | FLEET, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        *TYPED, *UP, env=SHELL | FLEET, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
     said = seen(ours, "rehearsal: ranks", 90)

@@ -11,8 +11,8 @@ def bare(monkeypatch, tmp_path):
     monkeypatch.setattr(needs, "PATH", str(tmp_path))
 
     def packages(*installed: str) -> str:
-        monkeypatch.setattr(needs, "_installed", lambda package: package in installed)
-        return str(needs.look(tmp_path))
+        monkeypatch.setattr(needs, "installed", lambda package: package in installed)
+        return needs.missing(tmp_path)
 
     return packages
 
@@ -48,16 +48,15 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     """What a rehearsal removes below its folder may be somebody's there; its own of an earlier time is not."""
     for name in ("engines", "run", "log"):
         (tmp_path / name).mkdir()
-    assert "is not a rehearsal's" not in str(needs.look(tmp_path)) + str(needs.look(tmp_path / "not there yet"))
+    assert "is not a rehearsal's" not in needs.missing(tmp_path) + needs.missing(tmp_path / "not there yet")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").touch()
-    assert "one.jpg is not a rehearsal's" in str(needs.look(tmp_path / "photos/one.jpg"))
-    assert f"{tmp_path}/photos is not a rehearsal's (REHEARSAL_DIR names " in str(needs.look(tmp_path))
+    assert "one.jpg is not a rehearsal's" in needs.missing(tmp_path / "photos/one.jpg")
+    assert f"{tmp_path}/photos is not a rehearsal's (REHEARSAL_DIR names " in needs.missing(tmp_path)
 
 
 def test_nothing_is_said_where_nothing_is_missing(monkeypatch, tmp_path):
     """An empty message: the rehearsal can run."""
-    monkeypatch.setattr(needs, "_packages", dict)
-    monkeypatch.setattr(needs, "_obstacles", lambda *_: [])
-    monkeypatch.setattr(needs.image, "KEYRING", tmp_path)
-    assert str(needs.look(tmp_path)) == ""
+    monkeypatch.setattr(needs, "packages", lambda tests: {})
+    monkeypatch.setattr(needs, "obstacles", lambda *_: [])
+    assert needs.missing(tmp_path) == ""

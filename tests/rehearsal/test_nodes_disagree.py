@@ -8,7 +8,8 @@ import pytest
 from operating import containers, inv
 
 from rehearsal.flow import ALLOW, IMAGE
-from rehearsal.shell import wait
+from rehearsal.sandbox import child
+from rehearsal.shell import run, wait
 
 pytestmark = pytest.mark.rehearsal
 
@@ -89,15 +90,13 @@ def test_two_rays_on_one_spark(head, sparks):
 
 def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
     """Docker refuses a device that does not exist, and the worker's terminal shows its name."""
-    rig.without_device = {2}
-    rig.power_off(sparks[1])
-    rig.power_on(sparks[1])
+    inside = child(child(rig.processes["spark-2"].pid))
+    run("nsenter", "--target", str(inside), "--mount", "rm", "-r", "/dev/infiniband")
     try:
         worker = terminal(sparks[1], "worker", "--model", "rehearsal")
         assert worker.process.wait(60) != 0
         assert "/dev/infiniband" in worker.read() and containers(sparks[1]) == ""
     finally:
-        rig.without_device = set()
         rig.power_off(sparks[1])
         rig.power_on(sparks[1])
     terminal(sparks[1], "worker", "--model", "rehearsal")

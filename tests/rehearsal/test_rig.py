@@ -5,26 +5,27 @@ from pathlib import Path
 import pytest
 
 from rehearsal.flow import IMAGE
-from rehearsal.links import LINKS
+from rehearsal.hosts import CABLES
+from rehearsal.shell import wait
 
 pytestmark = pytest.mark.rehearsal
 
 
-def carrier(host, link) -> str:
+def carrier(host, cable) -> str:
     """What the host's sysfs tree says, by way of the RoCE device."""
-    file = f"{host.env['SYSFS']}/class/infiniband/{link.roce}/device/net/{link.netdev}/carrier"
+    file = f"{host.env['SYSFS']}/class/infiniband/{cable.roce}/device/net/{cable.netdev}/carrier"
     return host.run("cat", file).stdout.strip()
 
 
-@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.netdev)
-def test_a_link_that_is_down_at_the_other_end_has_no_carrier(rig, link):
+@pytest.mark.parametrize("cable", CABLES, ids=lambda cable: cable.netdev)
+def test_a_link_that_is_down_at_the_other_end_has_no_carrier(rig, cable):
     """And has it again when the other end is up."""
     host = rig.hosts[0]
-    assert carrier(host, link) == "1"
-    rig.link_down(host, link.netdev)
-    assert carrier(host, link) == "0"
-    rig.link_up(host, link.netdev)
-    assert carrier(host, link) == "1"
+    assert carrier(host, cable) == "1"
+    rig.link_down(host, cable.netdev)
+    assert wait(lambda: carrier(host, cable) == "0", 5)
+    rig.link_up(host, cable.netdev)
+    assert wait(lambda: carrier(host, cable) == "1", 5)
 
 
 def test_hosts_have_names_addresses_and_devices_of_their_own(sparks):

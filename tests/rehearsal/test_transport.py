@@ -7,17 +7,16 @@ import docker
 import pytest
 
 from cluster.fabric import SECONDS, Rank, ask_fabric, fabric_findings, fabric_summary
-from rehearsal.hosts import Host
-from rehearsal.links import LINKS
+from rehearsal.hosts import CABLES, Host
 from rehearsal.shell import wait
 
 pytestmark = pytest.mark.rehearsal
-DATA = next(link for link in LINKS if link.roce == "rocep1s0f0")
+DATA = next(link for link in CABLES if link.roce == "rocep1s0f0")
 
 
 def ask(host: Host) -> list[Rank]:
     """Every rank, asked in the host's own container."""
-    return ask_fabric(docker.DockerClient(base_url=host.engine.env["DOCKER_HOST"]).containers.get("node-ray"))
+    return ask_fabric(docker.DockerClient(base_url=host.env["DOCKER_HOST"]).containers.get("node-ray"))
 
 
 def left(host: Host) -> str:

@@ -1,15 +1,14 @@
 """A real sshd on each stand-in Spark, and a `ssh` on the head that knows their keys, as an operator's own would."""
 
+import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
-from rehearsal import place
-from rehearsal.engine import script
+from rehearsal import sandbox
 from rehearsal.hosts import Host
-from rehearsal.shell import run, wait, which
+from rehearsal.shell import PATH, run, script, wait
 
-# sshd wants a folder below /run, which is the machine's: it gets a /run of its own, and a disk that is full.
+# sshd needs a folder below /run: it gets a /run of its own, with a disk that is full.
 _OWN_RUN = (
     "mount -t tmpfs rehearsal /run && mkdir /run/sshd /run/full && "
     'mount -t tmpfs -o nr_inodes=1 rehearsal /run/full && exec "$@"'
@@ -18,11 +17,11 @@ FULL = "/run/full/cache"
 
 
 class Shells:
-    """sshd on hosts; `extra` of a host are variables that its sessions have beside the host's own."""
+    """A sshd on each host that is started."""
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self.hosts = hosts
-        self.folder = place.state(hosts[0].root, "ssh")
+        self.folder = sandbox.state(hosts[0].root, "ssh")
         self.folder.mkdir(mode=0o700, exist_ok=True)
         self._running: dict[str, subprocess.Popen] = {}
         for name in ("client", "server"):
@@ -31,17 +30,18 @@ class Shells:
         self._write_client()
 
     def start(self, host: Host, **extra: str) -> None:
-        """Start a host's sshd anew, and wait until it answers."""
+        """Start a host's sshd anew and wait until it answers. Its sessions have `extra` beside the host's variables."""
         self.stop(host)
         config = self.folder / f"{host.name}.conf"
         config.write_text(self._server(host, host.env | extra))
-        words = ("sh", "-c", _OWN_RUN, "sh", which("sshd"), "-D", "-e", "-f", str(config))
+        sshd = shutil.which("sshd", path=PATH) or "sshd"
         log = (self.folder / f"{host.name}.log").open("w")
+        words = ("sh", "-c", _OWN_RUN, "sh", sshd, "-D", "-e", "-f", str(config))
         self._running[host.name] = host.popen(*words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         assert wait(lambda: self.hosts[0].run("ssh", host.name, "true").returncode == 0, 20, pause=0.2), log.name
 
     def stop(self, host: Host) -> None:
-        """End a host's sshd; its sessions go on."""
+        """End a host's sshd. Its sessions go on."""
         if process := self._running.pop(host.name, None):
             process.kill()
             process.wait(10)
@@ -65,5 +65,6 @@ class Shells:
             lines += [f"Host {host.name}", f"HostName {host.address}"]
         config = self.folder / "config"
         config.write_text("\n".join([*lines, ""]))
-        # ssh reads the configuration of whoever it runs as, whatever HOME says.
-        script(Path(place.state(self.hosts[0].root, "bin")) / "ssh", f'exec {which("ssh")} -F {config} "$@"')
+        # ssh reads the configuration of the user's own home, whatever HOME says.
+        ssh = shutil.which("ssh", path=PATH) or "ssh"
+        script(sandbox.state(self.hosts[0].root, "bin") / "ssh", f'exec {ssh} -F {config} "$@"')
