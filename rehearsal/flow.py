@@ -5,7 +5,6 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,6 @@ ALLOW = "memlock"
 PARSER = Path(__file__).with_name("parse_lines.py")
 
 
-@dataclass
-class Step:
-    """One line of the checked list. `seconds` is None until the step has run, `failed` says why it failed."""
-
-    promise: str
-    do: Callable[[], None]
-    seconds: float | None = None
-    failed: str = ""
-
-
 class Flow:
     """The article's whole flow on a rig that is up."""
 
@@ -47,19 +36,19 @@ class Flow:
         header_file(self.head).write_text(f"Authorization: Bearer {self.key}\n")
         self.size = {"TP_SIZE": str(len(rig.hosts))}
 
-    def steps(self, keep: bool) -> list[Step]:
+    def steps(self, keep: bool) -> list[tuple[str, Callable[[], None]]]:
         """The promises of a rehearsal, in order. With keep the server stays up."""
         steps = [
-            Step("build-image puts Ray on an image without it", self.build),
-            Step("every host has the same image", lambda: self.rig.copy(IMAGE)),
-            Step("head and worker come up, and Ray has every node", self.bring_up),
-            Step("vLLM's own parser accepts the lines of every model", self.parse),
-            Step("launch serves the tiny model, health says that all is well", self.launch),
-            Step("its ranks are on different hosts", self.ranks),
-            Step("a chat completion is answered with the key", lambda: self.chat(self.key, "200")),
-            Step("and refused without it", lambda: self.chat("", "401")),
-            Step("stop ends the server and leaves Ray up", self.stop),
-            Step("cleanup removes every node's containers", self.cleanup),
+            ("build-image puts Ray on an image without it", self.build),
+            ("every host has the same image", lambda: self.rig.copy(IMAGE)),
+            ("head and worker come up, and Ray has every node", self.bring_up),
+            ("vLLM's own parser accepts the lines of every model", self.parse),
+            ("launch serves the tiny model, health says that all is well", self.launch),
+            ("its ranks are on different hosts", self.ranks),
+            ("a chat completion is answered with the key", lambda: self.chat(self.key, "200")),
+            ("and refused without it", lambda: self.chat("", "401")),
+            ("stop ends the server and leaves Ray up", self.stop),
+            ("cleanup removes every node's containers", self.cleanup),
         ]
         return steps[:-2] if keep else steps
 
@@ -174,28 +163,22 @@ def refused(host: Host, lines: list[list[str]]) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rehearse(rig: Rig, say: Say, keep: bool = False) -> list[Step]:
-    """Run every step on a rig that is up. A step that fails is the last one, and the rest stay without a time."""
-    steps = Flow(rig, say).steps(keep)
-    for number, step in enumerate(steps, 1):
-        say(f"\n[{number}/{len(steps)}] {step.promise}")
+def rehearse(rig: Rig, say: Say, keep: bool = False) -> tuple[list[str], bool]:
+    """Run the steps on a rig that is up, until one fails.
+
+    Returns the checked list, where every promise has how long its step took, and whether all went well.
+    """
+    steps, report, well = Flow(rig, say).steps(keep), [], True
+    for number, (promise, do) in enumerate(steps, 1):
+        if not well:
+            report.append(f"[ ] {promise}")
+            continue
+        say(f"\n[{number}/{len(steps)}] {promise}")
         start = time.monotonic()
         try:
-            step.do()
+            do()
         except (RehearsalError, OSError, subprocess.SubprocessError) as error:
-            step.failed = str(error)
-        step.seconds = time.monotonic() - start
-        if step.failed:
-            say(f"FAILED: {step.failed}")
-            break
-    return steps
-
-
-def report(steps: list[Step]) -> list[str]:
-    """Return the checked list: each promise, and how long its step took."""
-    lines = []
-    for step in steps:
-        mark = " " if step.seconds is None else "x" if step.failed else "✓"
-        took = "" if step.seconds is None else f"{step.seconds:6.1f} s"
-        lines.append(f"[{mark}] {step.promise:<68} {took}")
-    return lines
+            say(f"FAILED: {error}")
+            well = False
+        report.append(f"[{'✓' if well else 'x'}] {promise:<68} {time.monotonic() - start:6.1f} s")
+    return report, well

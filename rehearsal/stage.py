@@ -52,9 +52,9 @@ def as_root(*words: str) -> NoReturn:
 def rehearse(hosts: str, keep: bool) -> None:
     """Run the flow on so many stand-in Sparks and print the checked list. Raises Exit if a step failed."""
     with Rig(int(hosts), keep=keep, say=say) as rig:
-        steps = flow.rehearse(rig, say, keep)
-        say("", *(_how_to_talk(rig) if keep else ()), *flow.report(steps))
-    if any(step.failed for step in steps):
+        report, well = flow.rehearse(rig, say, keep)
+        say("", *(_how_to_talk(rig) if keep else ()), *report)
+    if not well:
         raise Exit(f"The rehearsal failed; its logs are in {rig.root}/log.")
 
 

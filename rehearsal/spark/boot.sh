@@ -11,7 +11,7 @@ echo "$NAME" > /proc/sys/kernel/hostname
 rm -rf "$STATE/exec" "$STATE/docker.pid" "$STATE/docker.sock" "${STATE:?}/bin"
 mkdir -p "$STATE/net" "$STATE/private" "$STATE/bin"
 # dockerd finds these two before others. The hook is what makes dockerd offer `--gpus`.
-ln -s "$(command -v true)" "$STATE/bin/nvidia-container-runtime-hook"
+ln -s /bin/true "$STATE/bin/nvidia-container-runtime-hook"
 printf '#!/bin/sh\nexec "%s" -IS "%s" "%s" "%s" "$@"\n' \
     "$PYTHON" "${0%/*}/runc.py" "$(command -v runc)" "$STATE/additions.json" > "$STATE/bin/runc"
 chmod +x "$STATE/bin/runc"
