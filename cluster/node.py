@@ -52,7 +52,9 @@ def find_network(settings: Settings) -> Network:
     """Choose this node's network from its links, and tell the operator about both."""
     found = links.find_links(settings["SYSFS"])
     net = network(settings, found)
-    say(*links.link_remarks(found), *network_remarks(net))
+    say(*links.link_remarks(found))
+    if not net.devices:
+        say(f"No RDMA: NCCL goes over TCP (NCCL_IB_DISABLE=1), on {', '.join(net.interfaces)}.")
     return net
 
 
@@ -79,13 +81,6 @@ def network(settings: Settings, found: Sequence[Link], address: str | None = Non
             "here. Type: ip -4 address; then set PRIMARY_IF or VLLM_HOST_IP in .env."
         )
     return Network(address, devices, interfaces or [settings["PRIMARY_IF"]])
-
-
-def network_remarks(net: Network) -> list[str]:
-    """Sentences for the operator about the chosen network."""
-    if net.devices:
-        return []
-    return [f"No RDMA: NCCL goes over TCP (NCCL_IB_DISABLE=1), on {', '.join(net.interfaces)}."]
 
 
 def _named(settings: Settings, name: str, otherwise: list[str]) -> list[str]:
