@@ -262,12 +262,12 @@ def rehearse(c: Context, hosts: str = "2", keep: bool = False, down: bool = Fals
 @verb(name="test", help={"fast": "only what needs neither Docker nor root", "install": "install what is missing first"})
 def suite(c: Context, fast: bool = False, install: bool = False) -> None:
     """Run all tests, those on the stand-in Sparks too."""
-    from rehearsal import suite as tests
+    from rehearsal import stage
 
     _no_dry(c, "test")
     if fast:
-        tests.fast()
-    tests.everything(install)
+        stage.fast()
+    stage.everything(install)
 
 
 # --- Shared by the tasks ---------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-"""Everything that runs on a Spark's host: a module per noun, in reading order. Imports go one way: a module imports only
-modules that stand before it here. CONTRIBUTING.md says in a line each what they hold.
+"""Everything that runs on a Spark's host: a module per noun, in reading order.
+
+Imports go one way: a module imports only modules that stand before it here. CONTRIBUTING.md says in a line each what
+they hold.
 
     repository command models settings               the files, the command lines, and what somebody has set
     links engine token node                          one node: its links, its Docker, its container with Ray

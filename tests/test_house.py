@@ -24,8 +24,6 @@ USUAL = {
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "requirements.lock"),
     *(".gitignore", ".ci"),
 }
-# Folders of old names, which leave with the last module that imports them.
-LEAVING = {"command", "settings"}
 # One sitting reads these.
 FLOW = {"settings", "models", "command", "node", "guards", "links", "engine", "cleanup", "image", "server"}
 # The image has vLLM and Ray, and with vLLM torch and psutil.
@@ -42,7 +40,7 @@ def test_the_top_level_is_the_layout():
         pytest.skip("git cannot list the files of this checkout")
     files = [Path(name) for name in listed.stdout.splitlines() if (ROOT / name).exists()]
     models = {file.parent.name for file in ROOT.glob("*/serve.j2")}
-    assert {file.parts[0] for file in files} - models - LEAVING == LAYOUT - models | USUAL
+    assert {file.parts[0] for file in files} - models == LAYOUT - models | USUAL
 
 
 def test_the_index_lists_every_module():

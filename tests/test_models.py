@@ -108,7 +108,7 @@ def test_there_is_no_launch_task_without_a_model():
 
 def test_a_new_model_is_a_folder_and_no_python(tmp_path):
     """A copy of this repository with one more folder launches the models of that folder."""
-    for part in ("tasks.py", "cluster", "command", "settings", "templates", "nemotron", ".env.example"):
+    for part in ("tasks.py", "cluster", "templates", "nemotron", ".env.example"):
         whole = ROOT / part
         (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / part)
     new = tmp_path / "mistral"
