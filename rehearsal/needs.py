@@ -1,4 +1,4 @@
-"""What a rehearsal needs of this machine, what is missing, and the one line that installs it."""
+"""The needs of a rehearsal: programs with their packages, memory, disk, and the line that installs what is missing."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ PROGRAMS = {
     "setpriv": ("util-linux",),
     "mount": ("mount",),
 }
-# What the tests need beside these: the head reaches its workers over ssh, a person the API by curl.
+# The tests need these too: the head reaches its workers over ssh, and a person types curl.
 TESTS = {
     "sshd": ("openssh-server",),
     "ssh": ("openssh-client",),

@@ -13,7 +13,7 @@ from rehearsal import flow, needs, sandbox
 from rehearsal.hosts import INV
 from rehearsal.rig import Rig
 
-# What the tiny model can be split by: it has four key-value heads.
+# The tiny model has four key-value heads, which split over these numbers of hosts.
 HOSTS = ("1", "2", "4")
 HANDED_ON = ("CI", sandbox.SETTING, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 PYTEST = (sys.executable, "-m", "pytest", "--rootdir", str(ROOT), "-p", "no:cacheprovider")

@@ -12,7 +12,7 @@ from rehearsal.hosts import INV
 from rehearsal.rig import Rig
 
 pytestmark = pytest.mark.rehearsal
-# What is left of this machine's memory for each of four is nothing to warn of.
+# Four hosts share the memory of one machine, so a warning about one of them would mean nothing.
 FLEET = {"VLLM_API_KEY": KEY, "TP_SIZE": "4", "WORKER_HOSTS": "spark-2,spark-3,spark-4", "MEM_WARN_GIB": "1"}
 
 
@@ -33,7 +33,7 @@ def four():
 
 def test_up_on_four_hosts(four):
     """One rank on each, healthy, and down again from the head."""
-    done = four[0].run(*INV, "up", "--model", "rehearsal", "--allow", ALLOW, env=SHELL | FLEET, timeout=300)
+    done = four[0].run(*INV, "up", "--model", "rehearsal", "--allow", ALLOW, env=SHELL | FLEET, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     health = inv(four[0], "health", **FLEET)
     assert health.returncode == 0, health.stderr

@@ -69,7 +69,7 @@ def owner() -> Iterator[Callable[[str], subprocess.Popen]]:
 
 
 def left() -> list[str]:
-    """What a rehearsal could leave: processes, mounts, networks, control groups, files."""
+    """Everything that a rehearsal could leave: processes, mounts, networks, control groups, files."""
     mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(sandbox.folder()) in line]
     networks = [line for line in run("ip", "netns", "list").splitlines() if line.startswith(("spark-", "switch"))]
     groups = [str(group) for group in sandbox.CGROUPS.glob(f"**/{sandbox.CGROUP}")]
@@ -117,7 +117,7 @@ def test_after_sigkill_only_names_are_left_and_the_next_run_sweeps_them(owner, m
 
 
 def test_one_rehearsal_at_a_time(owner):
-    """A second one is refused, by whatever name, and the first is not hurt."""
+    """A second one and --down are refused, and the first goes on."""
     process = owner("engines")
     for second in (lambda: Rig().__enter__(), sandbox.take_down):
         with pytest.raises(
@@ -130,7 +130,7 @@ def test_one_rehearsal_at_a_time(owner):
 
 
 def test_a_kept_rehearsal_stays_until_it_is_taken_down(owner):
-    """It outlives its owner, refuses the next, answers, and goes when it is told to."""
+    """A kept rehearsal outlives its owner, answers, and refuses the next one until --down."""
     assert owner("kept").wait(60) == 0
     with pytest.raises(RehearsalError, match="kept up"):
         Rig().__enter__()

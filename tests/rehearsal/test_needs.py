@@ -1,4 +1,4 @@
-"""What is missing is said at once, with the line that installs it; nothing is touched."""
+"""One message names everything that is missing, with the line that installs it. Nothing is touched."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_the_command_line_is_a_package_of_its_own_since_debian_13(bare, monkeypa
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    """What a rehearsal removes below its folder may be somebody's there; its own of an earlier time is not."""
+    """A rehearsal removes files below its folder, so it takes only an empty folder, or one of an earlier rehearsal."""
     for name in ("engines", "run", "log"):
         (tmp_path / name).mkdir()
     assert "is not a rehearsal's" not in needs.missing(tmp_path) + needs.missing(tmp_path / "not there yet")

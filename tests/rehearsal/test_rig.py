@@ -1,4 +1,4 @@
-"""What makes a stand-in Spark a Spark, and what keeps it off this machine."""
+"""A stand-in Spark has links, a name and devices of its own, and nothing of this machine's operator."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ pytestmark = pytest.mark.rehearsal
 
 
 def carrier(host, cable) -> str:
-    """What the host's sysfs tree says, by way of the RoCE device."""
+    """Read a carrier in the host's sysfs tree, by way of the RoCE device."""
     file = f"{host.env['SYSFS']}/class/infiniband/{cable.roce}/device/net/{cable.netdev}/carrier"
     return host.run("cat", file).stdout.strip()
 
 
 @pytest.mark.parametrize("cable", CABLES, ids=lambda cable: cable.netdev)
 def test_a_link_that_is_down_at_the_other_end_has_no_carrier(rig, cable):
-    """And has it again when the other end is up."""
+    """The carrier comes back when the other end is up again."""
     host = rig.hosts[0]
     assert carrier(host, cable) == "1"
     rig.link_down(host, cable.netdev)
