@@ -1,9 +1,10 @@
 """The table of contents: every task of `inv`, a few lines each.
 
-Standard output gets command lines and the answers that were asked for. Everything else that a task says goes to
-standard error. A module that a dry run does not need is imported inside its task, because every start would pay for it.
+Standard output gets command lines and the answers that were asked for, standard error everything else. A module that a
+dry run does not need is imported inside its task, because every start would pay for it.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from invoke import Collection, Context, Exit, Task, task
@@ -20,7 +21,7 @@ from cluster.settings import ModelSettings, Settings, load_settings
 # Every argument is a flag. With positional arguments Invoke would take the next word, even --help, for a value.
 verb = partial(task, auto_shortflags=False, positional=[])
 
-# The rehearsal's model can be launched by its name, but nobody with two Sparks wants a task for it.
+# The rehearsal's model has no task of its own, because nobody with two Sparks wants one.
 LISTED = [model for model in known_models().values() if model.folder != "rehearsal"]
 MODEL = "the model, by the name of its profile: " + ", ".join(model.name for model in LISTED)
 START = "the model that gives the node its image and the variables that it forwards"
@@ -40,9 +41,7 @@ def head(c: Context, model: str | None = None, detach: bool = False) -> None:
     """Bring this node up as the head."""
     settings = _settings(model)
     net = node.find_network(settings)
-    commands = node.head_commands(settings, net, detach)
-    if not _dry(c, *commands):
-        _started(node.bring_node_up(commands, lambda: guards.before_head(settings, net)))
+    _bring_up(c, node.head_commands(settings, net, detach), lambda: guards.before_head(settings, net))
 
 
 @verb(help={
@@ -61,9 +60,7 @@ def worker(
     check_repository(repository)
     settings = _settings(model, HEAD_NODE_IP=head_ip)
     net = node.find_network(settings)
-    commands = node.worker_commands(settings, net, detach)
-    if not _dry(c, *commands):
-        _started(node.bring_node_up(commands, lambda: guards.before_worker(settings, net)))
+    _bring_up(c, node.worker_commands(settings, net, detach), lambda: guards.before_worker(settings, net))
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
@@ -109,7 +106,7 @@ def health(c: Context, json: bool = False) -> None:
     from cluster import health as state
 
     if not _dry(c, state.gpu_command(), state.gpu_command(node.CONTAINER)):
-        raise Exit(code=state.report_health(_settings(None), json).code)
+        raise Exit(code=state.report_health(_settings(), json).code)
 
 
 @verb(help={"json": JSON})
@@ -117,15 +114,14 @@ def status(c: Context, json: bool = False) -> None:
     """Tell what runs on which node, since when."""
     from cluster.status import report_status
 
-    settings = _settings(None)
     if not _dry(c):
-        report_status(settings, json)
+        report_status(_settings(), json)
 
 
 @verb(help={"node": "this node's own log instead of the server's", "follow": "go on with what comes"})
 def logs(c: Context, node: bool = False, follow: bool = False) -> None:
     """Show the server's log, or this node's own."""
-    command = server.log_command(_settings(None), node, follow)
+    command = server.log_command(_settings(), node, follow)
     if not _dry(c, command):
         server.show_log(command)
 
@@ -143,14 +139,13 @@ def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
     """End the server and take all nodes down."""
     from cluster import up as all_nodes
 
-    settings = _settings(None)
+    settings = _settings()
     if head_ip is not None and not here:
         raise Exit("--head-ip goes with --here: inv down takes down the nodes of the head that it is typed on.")
-    if _dry(c, *([node.removal_command()] if here else all_nodes.down_commands(settings))):
-        return
     if here:
-        all_nodes.take_down_here(head_ip)
-    else:
+        if not _dry(c, node.removal_command()):
+            all_nodes.take_down_here(head_ip)
+    elif not _dry(c, *all_nodes.down_commands(settings)):
         all_nodes.take_down(settings)
 
 
@@ -189,7 +184,7 @@ def memory(c: Context, csv: str | None = None) -> None:
     """Print every node's available memory until Ctrl-C."""
     from cluster import recorder
 
-    settings = _settings(None)
+    settings = _settings()
     if not _dry(c, recorder.memory_command()):
         guards.the_head(settings)
         recorder.watch_memory(settings, csv)
@@ -199,7 +194,7 @@ def memory(c: Context, csv: str | None = None) -> None:
 def cleanup(c: Context, yes: bool = False) -> None:
     """Show what earlier runs left here, ask, remove it."""
     if not _dry(c, node.removal_command()):
-        leftovers.clean_up(_settings(None), yes)
+        leftovers.clean_up(_settings(), yes)
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
@@ -218,7 +213,7 @@ def plan(c: Context, model: str, max_len: str | None = None) -> None:
 @verb(name="build-image", help={"base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)"})
 def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
     """Build the image that every node runs."""
-    command = image.build_command(_settings(None, BASE_IMAGE=base_image, TAG=tag))
+    command = image.build_command(_settings(BASE_IMAGE=base_image, TAG=tag))
     if not _dry(c, command):
         run(command)
 
@@ -227,7 +222,7 @@ def build_image(c: Context, base_image: str | None = None, tag: str | None = Non
 def token(c: Context) -> None:
     """Make the token that Ray then asks everyone for."""
     if not _dry(c):
-        tokens.make_token(_settings(None))
+        tokens.make_token(_settings())
 
 
 @verb(help={"url": "the API's address, such as http://10.0.0.1:8000"})
@@ -235,9 +230,8 @@ def watch(c: Context, url: str) -> None:
     """From a third machine: run a hook when it fails."""
     from cluster.watch import watch_api
 
-    settings = _settings(None)
     if not _dry(c):
-        watch_api(settings, url)
+        watch_api(_settings(), url)
 
 
 @verb(help={
@@ -250,7 +244,7 @@ def rehearse(c: Context, hosts: str = "2", keep: bool = False, down: bool = Fals
     """Run the whole flow on stand-in Sparks, as root."""
     from rehearsal import stage
 
-    _no_dry(c, "rehearse")
+    _refuse_dry(c)
     flags = [name for name, given in (("--keep", keep), ("--install", install)) if given]
     if down:
         return stage.down()
@@ -264,7 +258,7 @@ def suite(c: Context, fast: bool = False, install: bool = False) -> None:
     """Run all tests, those on the stand-in Sparks too."""
     from rehearsal import stage
 
-    _no_dry(c, "test")
+    _refuse_dry(c)
     if fast:
         stage.fast()
     stage.everything(install)
@@ -280,18 +274,17 @@ def _dry(c: Context, *commands: Command) -> bool:
     return bool(c.config.run.dry)
 
 
-def _no_dry(c: Context, name: str) -> None:
+def _refuse_dry(c: Context) -> None:
     if c.config.run.dry:
-        raise Exit(f"inv {name} has no dry run: what it would do depends on what it finds on the way.")
+        raise Exit("This task has no dry run: its commands depend on what it finds on the way.")
 
 
-def _started(container_id: str | None) -> None:
-    """Print the id of a container that was started detached. `inv up` reads this line to know what it may take down."""
-    if container_id:
-        tell(f"started {container_id}")
+def _bring_up(c: Context, commands: Sequence[Command], guard: Callable[[], None]) -> None:
+    if not _dry(c, *commands) and (started := node.bring_node_up(commands, guard)):
+        tell(f"started {started}")  # `inv up` reads this line to know which nodes it may take down
 
 
-def _settings(name: str | None, **flags: str | None) -> Settings:
+def _settings(name: str | None = None, **flags: str | None) -> Settings:
     settings = load_settings(find_model(name) if name is not None else None, flags)
     say(*settings.notes, *settings.overridden())
     return settings

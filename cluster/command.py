@@ -1,9 +1,9 @@
 """Command lines: written by a template, shown as text to paste, and started in one of four ways.
 
 A template is rendered to lines of words, one flag with its value per line. The same words are printed, tested and run.
+A command that cannot be started or that fails raises Exit.
 """
 
-import errno
 import os
 import shlex
 import signal
@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeAlias
 
 from invoke import Exit
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, meta
 from jinja2.exceptions import TemplateNotFound, TemplateSyntaxError
 
 from cluster.repository import ROOT
@@ -41,7 +40,7 @@ TooLate = subprocess.TimeoutExpired
 
 
 def printable(text: str) -> str:
-    """Return text unchanged. Raise ValueError if it holds control or invisible characters, or undecodable bytes."""
+    """Return the text unchanged. Raise ValueError for control and invisible characters, and for undecodable bytes."""
     if not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in text):
         raise ValueError(text)
     return text
@@ -91,27 +90,16 @@ def _split(line: str) -> tuple[str, ...]:
 
 @cache
 def template_names(name: str) -> frozenset[str]:
-    """Return the names in capitals that the template called name uses, also through a template that it extends.
-
-    Only Jinja's lexer reads the template: its parser would take as long as the rendering.
-    """
+    """Return the names in capitals that a template uses, also through a template that it extends."""
     environment = _templates()
     with _readable(name):
-        source = environment.loader.get_source(environment, name)[0] if environment.loader else ""
-        tokens = [(kind, text) for _, kind, text in environment.lex(source) if kind in ("name", "string")]
-    parents = [text.strip("\"'") for (_, word), (_, text) in pairwise(tokens) if word == "extends"]
-    used = {word for kind, word in tokens if kind == "name" and word.isupper()}
-    return frozenset(used.union(*(template_names(parent) for parent in parents)))
+        tree = environment.parse(environment.loader.get_source(environment, name)[0])  # type: ignore[union-attr]
+    used = {word for word in meta.find_undeclared_variables(tree) if word.isupper()}
+    return frozenset(used.union(*(template_names(parent) for parent in meta.find_referenced_templates(tree) if parent)))
 
 
 def words_of(lines: Lines) -> list[str]:
-    """Return the command as one list of words, as execve takes it."""
     return [word for line in lines for word in line]
-
-
-def text_of(lines: Lines) -> str:
-    """Return the command as a person pastes it into bash: one flag per line, continued with a backslash."""
-    return " \\\n  ".join(shlex.join(line) for line in lines)
 
 
 # --- A command -------------------------------------------------------------------------------------------------------
@@ -119,7 +107,7 @@ def text_of(lines: Lines) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, and the variables that it takes from its environment instead of from its words."""
+    """A command line, with its variables and its files."""
 
     lines: Lines
     where: str = ""  # the node that it runs on, for the person who reads it
@@ -133,26 +121,22 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """The command as execve takes it."""
         return words_of(self.lines)
 
     @property
     def text(self) -> str:
-        """The command as a person pastes it into bash, after its variables. No secret's value is in it."""
+        """The text that a person pastes into bash: variables, then one flag per line. No secret's value is in it."""
         before = [f"# {self.where}"] if self.where else []
         before += [f"export {name}={shlex.quote(value)}" for name, value in self.env.items()]
         before += [f'export {name}="$({shlex.join(words_of(lines))})"' for name, lines in self.asks.items()]
-        # `&&` makes one list of this and the command: an interactive bash would run the next line without the secret.
+        # Without `&&` an interactive bash would go on with the next line, without the secret.
         before += [f': "${{{name}:?}}" && \\' for name in (*self.asks, *self.needs)]
-        command = text_of((("setsid",), *self.lines) if self.log else self.lines)
-        files = [f"<{shlex.quote(str(self.feeds))}"] if self.feeds else []
-        files += [f"</dev/null >>{shlex.quote(str(self.log))} 2>&1 &"] if self.log else []
-        return "\n".join([*before, " \\\n  ".join([command, *files])])
-
-    def environ(self) -> dict[str, str]:
-        """Return this process's environment without its secrets, with the command's own variables and secrets."""
-        inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        return inherited | dict(self.env) | dict(self.secrets)
+        lines = [shlex.join(line) for line in self.lines]
+        if self.feeds:
+            lines.append(f"<{shlex.quote(str(self.feeds))}")
+        if self.log:
+            lines = ["setsid", *lines, f"</dev/null >>{shlex.quote(str(self.log))} 2>&1 &"]
+        return "\n".join([*before, " \\\n  ".join(lines)])
 
 
 def say(*lines: str) -> None:
@@ -165,13 +149,12 @@ def say(*lines: str) -> None:
 
 
 def show(*commands: Command) -> None:
-    """Print the commands to standard output, and nothing else."""
     tell("\n\n".join(command.text for command in commands))
 
 
 def tell(text: str) -> None:
     """Print a task's result to standard output."""
-    # SIGPIPE ends this process quietly if the reader has ended (`| head`). Elsewhere a closed socket must not end it.
+    # If the reader has ended (`| head`), SIGPIPE ends this process quietly. Elsewhere a closed socket must not end it.
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         print(text, flush=True)
@@ -184,7 +167,7 @@ def tell(text: str) -> None:
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle these signals during the block, except those that are ignored: `nohup` has SIGHUP ignored."""
+    """Handle these signals during the block, except those that are ignored, as SIGHUP is under `nohup`."""
     handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in handled}
     try:
@@ -196,7 +179,7 @@ def handling(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Ite
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Hold Ctrl-C, SIGHUP and SIGTERM until the block has ended. Then the first of them is sent again."""
+    """Hold Ctrl-C, SIGHUP and SIGTERM until the block has ended. Then send the first of them again."""
     got: list[int] = []
     try:
         with handling((signal.SIGINT, *ENDINGS), lambda number, _: got.append(number)):
@@ -220,16 +203,15 @@ def run(
     """Run a command to its end. Its text and its output go to standard error.
 
     capture: return its standard output instead, stripped, and show nothing.
-    heard: the same, but show each line of its standard error as it comes, after the name of this host.
-    seconds: kill the command and what it has started after this time.
-    whole: hold signals until the command has ended; it gets WHOLE_S if seconds is not given.
-    Raises Exit with the command's status (128 + signal), and with its last lines if these were not shown.
+    heard: the same, but show each line of its standard error after the name of this host.
+    seconds: kill the command and its children after this time.
+    whole: hold signals until the command has ended, for at most WHOLE_S if seconds is not given.
+    The exit status is the command's, or 128 and its signal. The message has the last lines that were not shown.
     """
     quiet = capture or heard is not None
     if not quiet and not command.alias:
         say(command.text)
-    if whole and seconds is None:
-        seconds = WHOLE_S
+    seconds = seconds or (WHOLE_S if whole else None)
     output = subprocess.PIPE if quiet else sys.stderr or subprocess.DEVNULL
     # A process group of its own can be killed as one, and is not reached by the terminal's Ctrl-C.
     own_group = quiet or seconds is not None
@@ -284,8 +266,6 @@ def become(command: Command) -> NoReturn:
     say(command.text)
     env = _environment(command)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and the command would inherit that
-    if sys.stdout is not None:
-        sys.stdout.flush()
     try:
         os.execvpe(command.words[0], command.words, env)
     except OSError as error:
@@ -297,8 +277,7 @@ def stream(command: Command) -> Iterator[Iterator[str]]:
     """Run a command during the block, and yield its standard output line by line, as it comes.
 
     At the end of the block the command's input is closed, and it gets SIGTERM. `docker exec` passes no SIGTERM on, so a
-    process in a container sees only the end of its input. SIGHUP and SIGTERM to this process end the command and this
-    process, unless this process has a handler for them.
+    process in a container sees only the end of its input. SIGHUP and SIGTERM end the block, unless they are handled.
     """
     say(command.text)
     unhandled = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
@@ -317,8 +296,8 @@ def stream(command: Command) -> Iterator[Iterator[str]]:
 def detach(command: Command) -> tuple[Child, int]:
     """Start a command in a session of its own, so that it outlives this process and its terminal.
 
-    Its output goes to its log, which is moved aside first if it has more than LOG_BYTES. Returns the process, and where
-    in the log its output begins, in bytes. Raises Exit if the log cannot be written.
+    Its output goes to its log, which is moved aside first if it has more than LOG_BYTES. Returns the process, and the
+    size of the log before the process, in bytes.
     """
     say(command.text)
     log = command.log
@@ -330,19 +309,22 @@ def detach(command: Command) -> tuple[Child, int]:
             begun = file.tell()
             return _start(command, stdout=file, stderr=file, start_new_session=True), begun
     except OSError as error:
-        look = "df -h" if error.errno == errno.ENOSPC else "ls -ld"
-        raise Exit(f"{log} cannot be written: {error.strerror}. Type: {look} {log.parent}") from None
+        raise Exit(
+            f"{log} cannot be written: {error.strerror}. Type: ls -ld {log.parent}; df -h {log.parent}"
+        ) from None
 
 
 def answers(command: Command) -> dict[str, str]:
-    """Return the output of each command in `asks`, by the name of its variable."""
+    """Return the value of each variable in `asks`."""
     return {name: run(Command(lines), capture=True) for name, lines in command.asks.items()}
 
 
 def _environment(command: Command) -> dict[str, str]:
+    """Return this process's environment without its secrets, with the command's own variables and secrets."""
     asked = answers(command)
     say(*(f"{name} is {value}" for name, value in asked.items()))
-    return command.environ() | asked
+    inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return {**inherited, **command.env, **command.secrets, **asked}
 
 
 def _start(command: Command, **options: Any) -> Child:  # noqa: ANN401 - those of Popen

@@ -28,17 +28,16 @@ class Model:
     @property
     def profiles(self) -> tuple[Path, ...]:
         """The files that set values for this model: first the containers' variables, then the knobs."""
-        files = (ROOT / self.folder / "cluster.env", ROOT / self.folder / f"{self.size}.env")
+        files = [ROOT / self.folder / f"{name}.env" for name in ("cluster", self.size)]
         return tuple(file for file in files if file.exists())
 
     @property
     def serve(self) -> str:
-        """The template of the server's command line."""
         return f"{self.folder}/serve.j2"
 
     @property
     def fetch(self) -> str | None:
-        """The template of the download that the server needs before it starts. Few models have one."""
+        """The template of a download that the server needs before it starts. Few models have one."""
         return f"{self.folder}/fetch.j2" if (ROOT / self.folder / "fetch.j2").exists() else None
 
     @property
@@ -48,10 +47,9 @@ class Model:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The names that this model's files set.
+        """The names that this model's files set. The files are not parsed, because every start asks every model.
 
-        The files are searched and not parsed, because every start asks every model. A file that cannot be read sets
-        nothing here, so that only a run with this model stops at it.
+        A file that cannot be read sets nothing here, so only a run with this model stops at it.
         """
         try:
             text = "\n".join(file.read_text(errors="replace") for file in self.profiles)
@@ -62,27 +60,26 @@ class Model:
 
 @cache
 def known_models() -> dict[str, Model]:
-    """Return every model by its name. A folder with one model gives it the folder's own name.
+    """Return every model by its name. A model that is alone in its folder has the folder's name.
 
-    Raises Exit if two profiles have the same name, or two names that would become the same task.
+    Raises Exit if two names are the same, or would become the same task.
     """
     found: dict[str, Model] = {}
+    tasks: dict[str, Path] = {}
     for folder in sorted(file.parent for file in ROOT.glob("*/serve.j2")):
         files = sorted(file for file in folder.glob("[!.]*.env") if file.name != "cluster.env" and file.is_file())
         for file in files:
             name = folder.name if len(files) == 1 else f"{folder.name}-{file.stem}"
-            for other in found.values():
-                if re.sub("[._]", "-", name) == re.sub("[._]", "-", other.name):
-                    raise Exit(
-                        f"{file_label(file)} and {other.folder}/{other.size}.env are both the model {name}. "
-                        "Rename one of the files."
-                    )
+            other = tasks.setdefault(re.sub("[._]", "-", name), file)
+            if other != file:
+                both = f"{file_label(file)} and {file_label(other)}"
+                raise Exit(f"{both} are both the model {name}. Rename one of the files.")
             found[name] = Model(folder.name, file.stem, name)
     return found
 
 
 def find_model(name: str) -> Model:
-    """Return the model that is called name, or `<folder>-<size>`. Raises Exit with the names there are."""
+    """Return the model of this name, or of this `<folder>-<size>`. Raises Exit with all names."""
     models = known_models()
     by_name = {f"{model.folder}-{model.size}": model for model in models.values()} | models
     if name not in by_name:
@@ -91,7 +88,7 @@ def find_model(name: str) -> Model:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` if a known name is close to this one, otherwise nothing."""
+    """Return ` (did you mean X?)` if a known name is close to this one, otherwise an empty text."""
     near = get_close_matches(name, known, 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -100,14 +97,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def file_label(file: Path) -> str:
-    """Return the name of a file for messages: its path below the root, or its whole path."""
+    """Return a file's path below the root, or its whole path."""
     return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
 
 
 def read_values(file: Path) -> dict[str, str]:
     """Return the values of a file by name. The last line of a name counts.
 
-    Raises Exit with the number of a line that is no NAME=value. The line is not shown, because it may hold a secret.
+    Raises Exit with the number of a line that is no NAME=value. The text of the line may be a secret.
     """
     try:
         with file.open(encoding="utf-8") as stream:

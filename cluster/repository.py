@@ -13,8 +13,8 @@ DECIDING = (".py", ".j2", ".env", ".json", ".sh", "Dockerfile")
 def repository_digest() -> str:
     """Return the sha256 over the names and contents of the files that decide what a node runs.
 
-    The sha256 is the same on every node, wherever the checkout is. Tests and documents do not count, nor does anything
-    that an operator keeps in the checkout: only cluster/, templates/ and the folders of models are searched.
+    Tests, documents and an operator's own files do not count: only cluster/, templates/ and the models' folders are
+    searched.
     """
     files = [ROOT / "tasks.py", ROOT / "requirements.lock"]
     for folder in {ROOT / "cluster", ROOT / "templates", *(template.parent for template in ROOT.glob("*/serve.j2"))}:
@@ -26,7 +26,7 @@ def repository_digest() -> str:
 
 
 def check_repository(expected: str | None) -> None:
-    """Raise Exit unless this checkout has the expected digest, which is the head's. None: nothing was expected."""
+    """Raise Exit if this checkout has another digest than the expected one, which is the head's."""
     if expected is not None and (own := repository_digest()) != expected:
         raise Exit(
             f"The repository here ({ROOT}) is another version than the head's: its sha256 is {own[:12]}, "

@@ -1,6 +1,7 @@
 """The settings of one run. A flag beats the shell, the shell beats `.env`, and `.env` beats the model's profile.
 
-A value that is set but empty is a value. This module has every name, every default and every form.
+A value that is set but empty is a value. Every name, default and form stands here. A value of the wrong form, an
+unknown name in a profile and a file that cannot be read raise Exit.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from ipaddress import IPv4Address, ip_address
@@ -20,9 +21,9 @@ from invoke import Exit
 from cluster.command import SECRETS, printable
 from cluster.models import ROOT, Model, file_label, known_models, nearest, read_values
 
-# These may hold a secret that the operator wrote. A refusal of one does not repeat its value.
+# These may hold a secret. The refusal of such a value does not show it.
 NEVER_SHOWN = (*SECRETS, "SERVE_EXTRA", "WATCH_HOOK")
-# These differ from node to node, or belong to one node. `up` does not pass them on.
+# These belong to one node. `up` does not pass them on.
 OF_ONE_NODE = (
     *("VLLM_HOST_IP", "NCCL_IB_GID_INDEX", "SYSFS", "CACHE_DIR", "HF_CACHE", "RAY_AUTH_TOKEN_PATH", "WORKER_HOSTS"),
     *("REPO_DIR", "REHEARSAL_DIR", "WATCH_INTERVAL_S", "WATCH_FAILURES", "WATCH_HOOK", "WATCH_COOLDOWN_S", "WATCH_MAX"),
@@ -35,7 +36,7 @@ DEFAULT_BASE_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3"
 
 
 class Form(NamedTuple):
-    """`takes` completes "it takes …". `read` returns the value as this project uses it, or raises ValueError."""
+    """`takes` completes "it takes …". `read` returns the value in one spelling, or raises ValueError."""
 
     takes: str
     read: Callable[[str], str]
@@ -60,7 +61,7 @@ def _whole(low: int, high: int) -> Callable[[str], str]:
 
 
 def _tokens(text: str) -> str:
-    """Read the units as vLLM does: a capital is a power of 1024, a small letter a power of 1000."""
+    """Read the units as vLLM does: capitals are powers of 1024, small letters powers of 1000."""
     units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
     match = re.fullmatch(r"([0-9]{1,12})([kmgKMG]?)", text)
     if not match or not int(match[1]):
@@ -73,7 +74,7 @@ def _path(text: str) -> str:
 
 
 def _extra_words(text: str) -> str:
-    """Refuse a key: every user of the host can read a command line. vLLM takes the key from VLLM_API_KEY."""
+    """Refuse a key, because every user of the host can read a command line. VLLM_API_KEY is for the key."""
     for word in shlex.split(text):
         if re.match("--api(-|-k.*)?$|--hf-t", word.replace("_", "-").partition("=")[0]):
             raise ValueError("a key")
@@ -99,17 +100,16 @@ ADDRESSES = Form("IPv4 addresses, comma separated", lambda text: ",".join(str(IP
 INTERFACE = Form("a network interface", _matching(r"[\w.@-]{1,15}"))
 DEVICES = Form("device names, comma separated", _matching(r"[\w.@-]+(,[\w.@-]+)*"))
 HOSTS = Form("ssh destinations, comma separated", _matching(r"(?!-)[\w.@%-]+(,(?!-)[\w.@%-]+)*"))
-# On the other node `env NAME=value … FOLDER/inv` would take a folder with an equals sign for one more variable.
+# On the other node `env NAME=value … FOLDER/inv` would take a folder with an equals sign for a variable.
 CHECKOUT = Form("a folder without an equals sign, from the home folder if it is relative", _matching(r"(?!-)[^=]+"))
-FOLDER = Form("an absolute folder without a colon", _path)
-FILE = Form("an absolute path without a colon", _path)
+PATH = Form("an absolute path without a colon", _path)
 IMAGE = Form("an image name", _matching(r"[\w][\w./:@-]*"))
 SECRET_NAMES = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_TOKEN|VLLM_API_KEY)( |$))*"))
 EXTRA_WORDS = Form("words as a shell would read them, and no key among them", _extra_words)
 COMMAND = Form("a command's words as a shell would read them, or nothing", lambda text: shlex.join(shlex.split(text)))
 
-# The default and the form of every setting that no profile has to set. Where the default is None, a setting that is
-# unset has a meaning of its own, which .env.example tells.
+# The default and the form of each setting that no profile has to set. .env.example tells the meaning of an unset one
+# whose default is None.
 CORE: dict[str, tuple[str | None, Form]] = {
     "PRIMARY_IF": ("enp1s0f1np1", INTERFACE),
     "HEAD_NODE_IP": ("10.0.0.1", ADDRESS),
@@ -122,13 +122,13 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "NCCL_IB_GID_INDEX": (None, INDEX),
     "NCCL_DEBUG": (None, _or_nothing(TEXT)),
     "NCCL_DEBUG_SUBSYS": (None, _or_nothing(TEXT)),
-    "SYSFS": ("/sys", FOLDER),
+    "SYSFS": ("/sys", PATH),
     "VLLM_IMAGE": ("local/vllm-ray:26.05.post1", IMAGE),
     "BASE_IMAGE": (DEFAULT_BASE_IMAGE, IMAGE),
     "TAG": (None, IMAGE),
     "RAY_VERSION": ("2.60.0", Form("a version number", _matching(r"[0-9][\w.+!]*"))),
-    "CACHE_DIR": ("~/.cache", FOLDER),
-    "HF_CACHE": (None, FOLDER),
+    "CACHE_DIR": ("~/.cache", PATH),
+    "HF_CACHE": (None, PATH),
     "OBJECT_STORE_MEMORY": ("1073741824", COUNT),
     "INCLUDE_DASHBOARD": ("0", GATE),
     "WAIT_HEAD_S": ("60", SECONDS),
@@ -146,15 +146,15 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "WATCH_COOLDOWN_S": ("3600", SECONDS),
     "WATCH_MAX": ("3", INDEX),
     "IMAGE_GATES": ("refuse", Form("refuse or auto", _matching("refuse|auto"))),
-    "RAY_AUTH_TOKEN_PATH": ("~/.ray/auth_token", FILE),
+    "RAY_AUTH_TOKEN_PATH": ("~/.ray/auth_token", PATH),
     "REQUIRED_SECRETS": ("VLLM_API_KEY", SECRET_NAMES),
     "SERVE_EXTRA": ("", EXTRA_WORDS),
     "VLLM_FORWARD_VARS": ("", ANY),
     "HF_TOKEN": (None, ANY),
     "VLLM_API_KEY": (None, ANY),
-    "REHEARSAL_DIR": ("/var/lib/dgx-spark-rehearsal", FOLDER),
+    "REHEARSAL_DIR": ("/var/lib/dgx-spark-rehearsal", PATH),
 }
-# The knobs with a narrower form than others. Any other knob takes text or nothing, and ENABLE_… takes 1, 0 or nothing.
+# The forms of some knobs. Any other ENABLE_… takes 1, 0 or nothing, and any other knob takes text or nothing.
 KNOBS: dict[str, Form] = {
     "MODEL_CKPT": TEXT,
     "SERVED_NAME": TEXT,
@@ -170,7 +170,6 @@ KNOBS: dict[str, Form] = {
 
 
 def form(name: str) -> Form:
-    """Return the form of the setting called name."""
     if name in CORE:
         return CORE[name][1]
     return KNOBS.get(name, GATE if name.startswith("ENABLE_") else _or_nothing(TEXT))
@@ -180,19 +179,18 @@ def form(name: str) -> Form:
 
 
 class Setting(NamedTuple):
-    """One value, the text it was read from, and its origin. `own` tells the operator's word from the project's."""
+    """One value, the text it was read from, and its origin: `flag --max-len`, `shell`, `.env`, a profile, `default`."""
 
     value: str
     text: str
     origin: str
-    own: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Settings(Mapping[str, str]):
     """The settings of one run, name to value. A setting that is unset and has no default is absent.
 
-    `forward` names the variables that both containers start with. `notes` are sentences that the operator reads first.
+    `forward` names the variables that both containers start with. `notes` are sentences for the operator.
     """
 
     found: Mapping[str, Setting]
@@ -210,39 +208,38 @@ class Settings(Mapping[str, str]):
         return len(self.found)
 
     def origin(self, name: str) -> str:
-        """Return where the value of name came from: `flag --max-len`, `shell`, `.env`, a profile or `default`."""
         return self.found[name].origin
 
     def overridden(self) -> list[str]:
         """Return one line for each setting of the operator's, with its origin and without any secret."""
         lines = []
         for name, setting in sorted(self.found.items()):
-            if setting.own:
+            if _of_operator(setting.origin):
                 secret = setting.value and name in (*SECRETS, "WATCH_HOOK")
                 shown = "set" if secret else f"= {setting.value or setting.text or '(empty)'}"
                 lines.append(f"{name} {shown} ({setting.origin})")
         return lines
 
     def handed_on(self) -> dict[str, str]:
-        """Return the text of shell and flags for a task on another node: no secret, and nothing of this node alone."""
+        """Return what the shell and the flags set, for another node: no secret, and nothing of this node alone."""
+        stays = (*SECRETS, *OF_ONE_NODE, "HEAD_NODE_IP")
         return {
             name: setting.text
             for name, setting in sorted(self.found.items())
-            if (setting.origin == "shell" or setting.origin.startswith("flag "))
-            and name not in (*SECRETS, *OF_ONE_NODE)
+            if _of_operator(setting.origin) and setting.origin != ".env" and name not in stays
         }
 
     def public(self) -> dict[str, str]:
-        """Return the settings that a template may use: all but the secrets."""
+        """Return all settings but the secrets, for templates."""
         return {name: value for name, value in self.items() if name not in SECRETS}
 
     def secrets(self) -> dict[str, str]:
-        """Return the secrets that are set and not empty. They are passed on by name."""
+        """Return the secrets that are set and not empty."""
         return {name: self[name] for name in SECRETS if self.get(name)}
 
     def emptied(self, names: Iterable[str], origin: str) -> Self:
         """Return the same settings, with these names set but empty."""
-        return replace(self, found={**self.found, **{name: Setting("", "", origin, own=True) for name in names}})
+        return replace(self, found={**self.found, **dict.fromkeys(names, Setting("", "", origin))})
 
     def workers(self) -> list[str]:
         """Return every worker as ssh knows it: WORKER_HOSTS, or the addresses in WORKER_IP."""
@@ -262,19 +259,12 @@ class ModelSettings(Settings):
 
     @property
     def launch_line(self) -> str:
-        """The command that a person types to launch this model."""
         return f"inv launch --model {self.model.name}"
 
 
-class Source(NamedTuple):
-    """One place that settings come from. `own`: the operator wrote it."""
-
-    origin: str
-    values: Mapping[str, str]
-    own: bool
-
-
 Flags = Mapping[str, str | None]
+# The values of each origin. An earlier origin beats a later one.
+Sources = Mapping[str, Mapping[str, str]]
 
 
 @overload
@@ -284,74 +274,67 @@ def load_settings(model: Model | None = ..., flags: Flags | None = ..., shell: M
 def load_settings(
     model: Model | None = None, flags: Flags | None = None, shell: Mapping[str, str] = os.environ
 ) -> Settings:
-    """Find every setting of a run with this model, or without one. Raises Exit with one sentence for a wrong value."""
+    """Find every setting of a run with this model, or without one."""
     site = _site_file(shell.get("ENV_FILE"))
     site_values = read_values(site) if site else {}
-    given = {name: text for name, text in (flags or {}).items() if text is not None}
+    given = {f"flag {FLAGS[name]}": {name: text} for name, text in (flags or {}).items() if text is not None}
     defaults = {name: value for name, (value, _) in CORE.items() if value is not None}
-    sources = [Source(f"flag {FLAGS[name]}", {name: text}, own=True) for name, text in given.items()]
-    sources += [Source("shell", shell, own=True), Source(".env", site_values, own=True)]
-    sources += [*(_profiles(model) if model else []), Source("default", defaults, own=False)]
+    sources = {**given, "shell": shell, ".env": site_values, **(_profiles(model) if model else {}), "default": defaults}
 
     knobs = model.knobs if model else frozenset()
-    found = _find_all(sorted(knobs | CORE.keys()), sources)
-    if model and (lacking := sorted(knobs - found.keys() - CORE.keys())):
+    found = {name: setting for name in sorted(knobs | CORE.keys()) if (setting := _find(name, sources, form(name)))}
+    if model and (lacking := sorted(knobs - found.keys())):
         raise Exit(f"{model.folder}/{model.size}.env lacks {', '.join(lacking)}, which {model.serve} uses.")
     _check_utilization(found)
-    listed = _forward_list(sources)
-    forward = {name: setting for name, setting in _find_all(listed, sources, ANY).items() if setting.value}
+    listed = {name: _find(name, sources, ANY) for name in _forward_list(sources)}
+    forward = {name: setting for name, setting in listed.items() if setting and setting.value}
     empty = [name for name in listed if name not in forward]
     notes = [f"VLLM_FORWARD_VARS lists {name}, which is unset or empty: no container gets it." for name in empty]
-    notes += _unused(shell, knobs | forward.keys()) + _unknown(site_values, listed)
+    notes += _strays(shell, site_values, {*knobs, *listed})
     if site and any(site_values.get(name) for name in SECRETS) and site.stat().st_mode & 0o077:
         notes.append(f"{file_label(site)} holds a secret and others can read it: chmod 600 {shlex.quote(str(site))}")
     settings = Settings({**forward, **found}, model, tuple(forward), tuple(notes))
     return ModelSettings(**vars(settings)) if model else settings
 
 
+def _of_operator(origin: str) -> bool:
+    return origin in ("shell", ".env") or origin.startswith("flag ")
+
+
 def _site_file(named: str | None) -> Path | None:
     """Return the file of this site: the one that ENV_FILE names (empty: none), otherwise `.env` if it exists."""
-    file = ROOT / ".env" if named is None else Path(named)
-    if named == "" or (named is None and not os.path.lexists(file)):
+    if named == "" or (named is None and not os.path.lexists(ROOT / ".env")):
         return None
+    file = Path(named or ROOT / ".env")
     if not os.path.isfile(file):
-        if named is None:
-            raise Exit(f"{file} exists, but it is no file that can be read.")
-        raise Exit(f"ENV_FILE (shell) is {named!r}; it takes a file that exists and can be read, or nothing.")
+        raise Exit(f"{str(file)!r} is no file that can be read. ENV_FILE may name another file, or be empty.")
     return file
 
 
-def _profiles(model: Model) -> list[Source]:
+def _profiles(model: Model) -> Sources:
     """Read the model's files, the knobs first. A name that nothing uses is an error."""
-    sources = []
+    sources = {}
     for file in reversed(model.profiles):
         values = read_values(file)
         known = CORE.keys() | model.knobs | set(values.get("VLLM_FORWARD_VARS", "").split())
         for name in sorted(values.keys() - known):
             raise Exit(f"{file_label(file)} sets {name}, which {model.serve} does not use{nearest(name, known)}.")
-        sources.append(Source(file_label(file), values, own=False))
+        sources[file_label(file)] = values
     return sources
 
 
-def _find_all(names: Sequence[str], sources: Sequence[Source], of_form: Form | None = None) -> dict[str, Setting]:
-    """Read each name from the first source that has it. A name that no source has is left out."""
-    found = {}
-    for name in names:
-        for source in sources:
-            if name in source.values:
-                found[name] = _read(name, source, of_form or form(name))
-                break
-    return found
-
-
-def _read(name: str, source: Source, of_form: Form) -> Setting:
-    text = source.values[name]
+def _find(name: str, sources: Sources, of_form: Form) -> Setting | None:
+    """Read a setting from the first source that has it."""
+    origin = next((origin for origin, values in sources.items() if name in values), None)
+    if origin is None:
+        return None
+    text = sources[origin][name]
     try:
-        return Setting(printable(of_form.read(printable(text))), text, source.origin, source.own)
+        return Setting(printable(of_form.read(printable(text))), text, origin)
     except ValueError:
         got = "not shown here, it may hold a secret" if name in NEVER_SHOWN else repr(text)
         takes = of_form.takes if text.isprintable() else f"{of_form.takes}; none with control characters"
-        raise Exit(f"{name} ({source.origin}) is {got}; it takes {takes}.") from None
+        raise Exit(f"{name} ({origin}) is {got}; it takes {takes}.") from None
 
 
 def _check_utilization(found: Mapping[str, Setting]) -> None:
@@ -363,20 +346,16 @@ def _check_utilization(found: Mapping[str, Setting]) -> None:
         )
 
 
-def _unused(shell: Mapping[str, str], used: Collection[str]) -> list[str]:
-    """Return a note for each knob of another model that the shell sets."""
-    others = frozenset[str]().union(*(model.keys for model in known_models().values()))
-    names = sorted((others & shell.keys()) - CORE.keys() - set(used))
-    return [f"{name} is set in the shell, but this run does not use it." for name in names]
-
-
-def _unknown(site_values: Mapping[str, str], listed: Iterable[str]) -> list[str]:
-    """Return a note for each name in `.env` that no setting, no model and no forward list has."""
-    if not site_values:
-        return []
-    known = set(CORE).union(listed, *(model.knobs | model.keys for model in known_models().values()))
+def _strays(shell: Mapping[str, str], site_values: Mapping[str, str], used: set[str]) -> list[str]:
+    """Return a note for each other model's knob in the shell, and for each name in `.env` that nothing knows."""
+    keys = frozenset[str]().union(*(model.keys for model in known_models().values()))
+    unused = sorted((keys & shell.keys()) - CORE.keys() - used)
+    known = CORE.keys() | keys | used
     strangers = sorted(site_values.keys() - known)
-    return [f".env sets {name}, which nothing knows{nearest(name, known)}." for name in strangers]
+    return [
+        *(f"{name} is set in the shell, but this run does not use it." for name in unused),
+        *(f".env sets {name}, which nothing knows{nearest(name, known)}." for name in strangers),
+    ]
 
 
 # --- VLLM_FORWARD_VARS -----------------------------------------------------------------------------------------------
@@ -387,19 +366,20 @@ SET_BY = {
     "NCCL_SOCKET_IFNAME": "DATA_IFS", "GLOO_SOCKET_IFNAME": "DATA_IFS", "OMPI_MCA_btl_tcp_if_include": "DATA_IFS",
     "NCCL_IB_HCA": "RDMA_HCAS", "NCCL_IB_DISABLE": "RDMA_HCAS", "UCX_NET_DEVICES": "RDMA_HCAS",
 }  # fmt: skip
-# Every container has its own, or bash sets it and loses the value of a pasted line.
-OF_EACH_SHELL = (
-    "PATH", "HOME", "_", "UID", "EUID", "PPID", "BASHPID", "GROUPS", "SHELLOPTS", "BASHOPTS", "SHLVL", "RANDOM",
-    "SRANDOM", "LINENO", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "DIRSTACK", "FUNCNAME", "HISTCMD", "PIPESTATUS",
+# Every container has its own value, bash sets one and loses that of a pasted line, or vLLM warns of the name.
+SET_ELSEWHERE = (
+    "VLLM_IMAGE", "VLLM_FORWARD_VARS", "PATH", "HOME", "_", "UID", "EUID", "PPID", "BASHPID", "GROUPS", "SHELLOPTS",
+    "BASHOPTS", "SHLVL", "RANDOM", "SRANDOM", "LINENO", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "DIRSTACK",
+    "FUNCNAME", "HISTCMD", "PIPESTATUS",
 )  # fmt: skip
 
 
-def _forward_list(sources: Sequence[Source]) -> list[str]:
-    """Return the names to forward: the profile's list, and behind it the operator's. Raises Exit for an unfit name."""
-    lists = [(source.own, source.values.get("VLLM_FORWARD_VARS")) for source in sources]
-    of_operator = [text for own, text in lists if own and text is not None][:1]
-    of_profile = [text for own, text in reversed(lists) if not own and text is not None]
-    names = list(dict.fromkeys(" ".join(of_profile + of_operator).split()))
+def _forward_list(sources: Sources) -> list[str]:
+    """Return the names to forward: the profile's list, and behind it the operator's."""
+    lists = {origin: values["VLLM_FORWARD_VARS"] for origin, values in sources.items() if "VLLM_FORWARD_VARS" in values}
+    of_operator = [text for origin, text in lists.items() if _of_operator(origin)][:1]
+    of_profile = [text for origin, text in lists.items() if not _of_operator(origin)]
+    names = list(dict.fromkeys(" ".join([*reversed(of_profile), *of_operator]).split()))
     for name in names:
         if why := _unfit(name):
             raise Exit(f"VLLM_FORWARD_VARS lists {name!r}, which {why}. Take it off the list.")
@@ -407,19 +387,13 @@ def _forward_list(sources: Sequence[Source]) -> list[str]:
 
 
 def _unfit(name: str) -> str | None:
-    """Return the reason why no container may get a variable of this name."""
+    """Return why no container may get a variable of this name."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         return "is no variable name; the list takes names with spaces between them"
     if re.search("TOKEN|KEY|SECRET|PASSW", name, re.IGNORECASE):
-        return (
-            "looks like a secret: everyone who may run `docker inspect` would read it. HF_TOKEN and VLLM_API_KEY reach "
-            "the server without the list"
-        )
+        return "looks like a secret: `docker inspect` would show it. HF_TOKEN and VLLM_API_KEY go to the server anyway"
     if name in SET_BY:
         return f"every container gets by the setting {SET_BY[name]}; set that instead"
-    if name in OF_EACH_SHELL:
-        return "every container and every shell has for itself"
-    # vLLM warns of VLLM_… names that it does not know.
-    if name in ("VLLM_FORWARD_VARS", "VLLM_IMAGE") or name.startswith("NODE_RAY_"):
-        return "is this project's own and means nothing in a container"
+    if name in SET_ELSEWHERE or name.startswith("NODE_RAY_"):
+        return "bash, the container or this project sets for itself"
     return None

@@ -1,4 +1,7 @@
-"""All nodes from the head: `inv up` and `inv down`. The workers are asked over ssh, by this repository's own tasks."""
+"""All nodes from the head: `inv up` and `inv down`. On the workers ssh runs this repository's own tasks.
+
+A step that fails raises Exit.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,10 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from invoke import Exit
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
 
 # Ray knows a node a moment after the node says that it runs.
 JOIN_S = 30
-# A container is removed within a second. A host that hangs must not keep the other nodes up.
+# A container is removed within a second. A worker that hangs must not keep `down` waiting.
 REMOVE_S = 60
-# The exit status of ssh itself: the host was not reached, or the connection broke.
+# The exit status of ssh itself, which did not reach the host, or lost the connection.
 SSH_FAILED = 255
 
 
@@ -37,7 +39,7 @@ SSH_FAILED = 255
 
 
 def workers_needed(settings: ModelSettings) -> list[str]:
-    """Return the workers that the model needs beside the head. Raises Exit if there are fewer."""
+    """Return the workers that the model needs beside the head."""
     workers, needed = settings.workers(), settings.world_size() - 1
     if len(workers) < needed:
         name = "WORKER_HOSTS" if "WORKER_HOSTS" in settings else "WORKER_IP"
@@ -49,23 +51,21 @@ def workers_needed(settings: ModelSettings) -> list[str]:
 
 
 def worker_up_command(settings: ModelSettings, host: str) -> Command:
-    """Return the command that brings a worker up. The worker gets what the shell and the flags set here; no secrets."""
-    handed_on = {name: text for name, text in settings.handed_on().items() if name != "HEAD_NODE_IP"}
-    version = repository.repository_digest()
+    """Return the command that brings a worker up, with what the shell and the flags set here."""
+    version, handed_on = repository.repository_digest(), settings.handed_on()
     values = settings.public() | {"model": settings.model.name, "version": version, "handed_on": handed_on}
     return _over_ssh(settings, host, "remote_worker.j2", values)
 
 
 def worker_down_command(settings: Settings, host: str, head_ip: str) -> Command:
-    """Return the command that removes a worker's container, if that container was started for this head."""
+    """Return the command that removes a worker's container, if it was started for this head."""
     return _over_ssh(settings, host, "remote_down.j2", {"head_ip": head_ip})
 
 
 def _over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any]) -> Command:
-    # ssh starts in the home folder, so `~/` is left out: quoted, it would be the name of a folder.
-    folder = PurePosixPath(settings.get("REPO_DIR", str(repository.ROOT)))
-    below_home = folder.relative_to("~") if folder.parts[:1] == ("~",) else folder
-    inv = "./inv" if below_home == PurePosixPath() else str(below_home / "inv")
+    # ssh starts in the home folder, and a quoted `~` would be the name of a folder.
+    folder = settings.get("REPO_DIR", str(repository.ROOT)).rstrip("/")
+    inv = re.sub("^~/", "./", f"{folder}/inv")
     if "=" in inv:
         raise Exit(f"{folder} has an equals sign, so `env` would take it for a variable. Move it, or set REPO_DIR.")
     words = words_of(render(template, inv=inv, **values))
@@ -75,21 +75,42 @@ def _over_ssh(settings: Settings, host: str, template: str, values: dict[str, An
 
 
 def _run_there(host: str, command: Command, seconds: float) -> str:
-    """Run a command on a worker, show its lines as they come, and return its standard output.
-
-    Raises Exit with the node, the task, its last lines, and what to do.
-    """
+    """Run a command on a worker, show its lines as they come, and return its standard output."""
     try:
         return run(command, heard=host, seconds=seconds)
     except Exit as error:
         hint = ""
         if error.code == SSH_FAILED:
             hint = f"\nThat is the status of ssh itself. Type: ssh -v {host} true; WORKER_HOSTS names the workers."
-        elif error.code in (126, 127):  # a shell's status for a command that it cannot start, or not find
-            hint = "\nIs this repository there? Clone it to the same folder, or set REPO_DIR in .env to its folder."
-        elif "No idea what" in str(error.message):  # Invoke about a flag that it does not know
-            hint = f"\nThe repository there is another version. On {host}, in it: git pull"
+        # The shell's status for a command that it cannot start or find, and Invoke's word for an unknown flag.
+        elif error.code in (126, 127) or "No idea what" in str(error.message):
+            hint = "\nIs this repository there, in the same folder or in REPO_DIR? In it, type: git pull"
         raise Exit(f"{error.message}{hint}", code=error.code) from None
+
+
+def _at_once(hosts: Sequence[str], act: Callable[[str], None], here: Callable[[], None] = lambda: None) -> list[str]:
+    """Act on all hosts at once, and here meanwhile. Return the message of each that failed."""
+
+    def attempt(action: Callable[..., None], *host: str) -> str:
+        try:
+            action(*host)
+        except Exit as error:
+            return str(error.message)
+        return ""
+
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:  # its end waits for all hosts
+        there = pool.map(lambda host: attempt(act, host), hosts)
+        try:
+            return [text for text in (attempt(here), *there) if text]
+        except BaseException:
+            _ignore_signals()
+            say("Waiting for the workers to come back: only then is it known which of them are up.")
+            raise
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, *ENDINGS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- up --------------------------------------------------------------------------------------------------------------
@@ -97,7 +118,7 @@ def _run_there(host: str, command: Command, seconds: float) -> str:
 
 @dataclass
 class Started:
-    """Nodes and server that this `inv up` has started, and may take down again."""
+    """Nodes and server that this `inv up` has started and may take down again."""
 
     head: bool = False
     workers: set[str] = field(default_factory=set)
@@ -106,7 +127,7 @@ class Started:
 
 
 def up_commands(settings: ModelSettings, net: Network) -> list[Command]:
-    """Return all commands of `inv up` where nothing is up yet, in order. The workers' commands run at once."""
+    """Return all commands of `inv up` where nothing is up, in order. The workers' commands run at once."""
     workers = [worker_up_command(settings, host) for host in workers_needed(settings)]
     head = node.head_commands(settings, net, detached=True)
     return [*head, *workers, *server.launch_commands(settings, detached=True)]
@@ -115,8 +136,8 @@ def up_commands(settings: ModelSettings, net: Network) -> list[Command]:
 def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep: bool, fabric: bool) -> None:
     """Bring up head and workers, check them, launch the model, and wait until its API has answered.
 
-    What is up already is left alone. allowed: rules that do not refuse. fabric: prove the data plane too. Raises Exit
-    if a step fails; then what this run has started is taken down again, unless keep.
+    What is up already is left alone. If a step fails, what this run has started is taken down again, unless keep.
+    allowed: rules that do not refuse. fabric: prove the data plane too.
     """
     guards.required_secrets(settings)
     workers = workers_needed(settings)
@@ -176,63 +197,42 @@ def _undone_on_failure(settings: Settings, keep: bool) -> Iterator[Started]:
             if something and keep:
                 say("--keep: what this run has started stays. To take it down: inv down")
             elif something and not (started.server and started.hung_up):
-                _undo(settings, started)
+                _ignore_signals()  # half a minute for the server, and REMOVE_S for the nodes
+                say("What this run has started is taken down again.")
+                if started.server and not started.head:  # with the head's container the server ends at once
+                    _stop_server()
+                say(*_take_nodes_down(settings, sorted(started.workers), settings["HEAD_NODE_IP"], started.head))
             if isinstance(error, KeyboardInterrupt):
                 raise Exit("Ctrl-C: up has ended.", code=130) from None
             raise
 
 
-def _undo(settings: Settings, started: Started) -> None:
-    """Take down what this run has started, in at most half a minute and REMOVE_S. No signal cuts that short."""
-    _ignore_signals()
-    say("What this run has started is taken down again.")
-    if started.server and not started.head:  # with the head's container the server ends at once
-        _stop_server()
-    say(*_take_nodes_down(settings, sorted(started.workers), settings["HEAD_NODE_IP"], started.head))
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGINT, *ENDINGS):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _bring_up_nodes(settings: ModelSettings, net: Network, workers: Sequence[str], started: Started) -> None:
-    """Bring up the head, then all workers at once. Raises Exit with what every worker that failed has said."""
+    """Bring up the head, then all workers at once."""
     head = node.head_commands(settings, net, detached=True)
     started.head = node.bring_node_up(head, lambda: guards.before_head(settings, net)) is not None
-    with ThreadPoolExecutor(max(1, len(workers))) as pool:  # its end waits for all workers
+    # The worker waits until it sees the head, then until Ray runs in it.
+    seconds = int(settings["WAIT_HEAD_S"]) + node.START_S + 30
+
+    def bring_up_worker(host: str) -> None:
+        command = worker_up_command(settings, host)
+        say(command.text)
         try:
-            failures = [
-                text for text in pool.map(lambda host: _bring_up_worker(settings, host, started), workers) if text
-            ]
-        except BaseException:
-            _ignore_signals()
-            say("Waiting for the workers to come back: only then is it known which of them have to be taken down.")
+            output = _run_there(host, command, seconds)
+        except Exit as error:
+            # If only the connection was lost, the node may come up all the same. It is ours, because its head is.
+            if started.head and error.code in (SSH_FAILED, 128 + signal.SIGKILL):
+                started.workers.add(host)
             raise
-    if failures:
+        if re.search("^started [0-9a-f]{64}$", output, re.MULTILINE):
+            started.workers.add(host)
+
+    if failures := _at_once(workers, bring_up_worker):
         raise Exit("\n".join(failures))
 
 
-def _bring_up_worker(settings: ModelSettings, host: str, started: Started) -> str:
-    """Return why the worker could not be brought up, or nothing."""
-    command = worker_up_command(settings, host)
-    say(command.text)
-    # The worker waits until it sees the head, then until Ray runs in it.
-    seconds = int(settings["WAIT_HEAD_S"]) + node.START_S + 30
-    try:
-        output = _run_there(host, command, seconds)
-    except Exit as error:
-        # The node may come up all the same if only the connection was lost. It is ours, because its head is.
-        if started.head and error.code in (SSH_FAILED, 128 + signal.SIGKILL):
-            started.workers.add(host)
-        return str(error.message)
-    if re.search("^started [0-9a-f]{64}$", output, re.MULTILINE):
-        started.workers.add(host)
-    return ""
-
-
 def _check_nodes(settings: ModelSettings, head: Container, allowed: Sequence[str], fabric: bool) -> check.Inspection:
-    """Run every check, and tell what was found. Raises Exit if a rule refuses. Waits up to JOIN_S for missing nodes."""
+    """Run every check, and tell what was found. A node may need up to JOIN_S to join."""
     guards.before_launch(settings)
     deadline = time.monotonic() + JOIN_S
     found = check.inspect(settings, head)
@@ -246,18 +246,15 @@ def _check_nodes(settings: ModelSettings, head: Container, allowed: Sequence[str
 
 
 def _same_server(settings: ModelSettings, head: Container, running: server.Served) -> ModelSettings:
-    """Return the settings of the server that runs, and start its recorder again if that has stopped.
-
-    Raises Exit if the server was launched with another line.
-    """
+    """Refuse a server with another line. Start its recorder again if that has stopped. Return its settings."""
     settings, _, _ = options.gated(settings, head, options.known_options(head, settings))
     wanted = server.serve_words(settings)
     if list(running.words) != wanted:
         extra = " ".join(word for word in running.words if word not in wanted) or "nothing"
         missing = " ".join(word for word in wanted if word not in running.words) or "nothing"
         raise Exit(
-            f"A server runs already, with another line. Only the running server has: {extra}. Only this `inv up` asks "
-            f"for: {missing}. To end that server: inv stop"
+            f"A server runs already, with another line. Only its line has: {extra}. Only this `inv up` asks for: "
+            f"{missing}. To end that server: inv stop"
         )
     say("The server runs already, with this line: it is left alone.")
     seen = recorder.read_recorded(settings)
@@ -271,13 +268,13 @@ def _same_server(settings: ModelSettings, head: Container, running: server.Serve
 
 
 def down_commands(settings: Settings) -> list[Command]:
-    """Return all commands of `inv down` on the head, in order. All nodes are taken down at once."""
+    """Return all commands of `inv down` on the head. All nodes are taken down at once."""
     workers = [worker_down_command(settings, host, settings["HEAD_NODE_IP"]) for host in settings.workers()]
     return [server.stop_command(), *workers, node.removal_command()]
 
 
 def take_down(settings: Settings) -> None:
-    """Stop the server, and remove the containers of the head and of every worker. Raises Exit if a node failed."""
+    """Stop the server, and remove the containers of the head and of every worker."""
     found = engine.node_container()
     if found is not None:
         guards.is_head(found)
@@ -298,7 +295,7 @@ def take_down(settings: Settings) -> None:
 
 
 def take_down_here(head_ip: str | None = None) -> None:
-    """Remove this node's container, unless it was started for another head than head_ip."""
+    """Remove this node's container, unless head_ip is given and the container has another head."""
     found = engine.node_container()
     if found is None:
         return say(f"No {CONTAINER} is here: nothing was removed.")
@@ -319,21 +316,9 @@ def _stop_server() -> None:
 
 
 def _take_nodes_down(settings: Settings, workers: Sequence[str], head_ip: str, this_node: bool) -> list[str]:
-    """Take these workers of the head down, and this node if asked, all at once. Returns why each that failed did."""
+    """Take these workers of the head down, and this node if asked. Return the message of each that failed."""
 
-    def take_worker_down(host: str) -> str:
-        try:
-            _run_there(host, worker_down_command(settings, host, head_ip), REMOVE_S)
-        except Exit as error:
-            return str(error.message)
-        return ""
+    def take_worker_down(host: str) -> None:
+        _run_there(host, worker_down_command(settings, host, head_ip), REMOVE_S)
 
-    with ThreadPoolExecutor(max(1, len(workers))) as pool:
-        told = pool.map(take_worker_down, workers)
-        own = ""
-        if this_node:
-            try:
-                take_down_here()
-            except Exit as error:
-                own = f"This node: {error.message}"
-        return [text for text in (*told, own) if text]
+    return _at_once(workers, take_worker_down, take_down_here if this_node else lambda: None)

@@ -17,7 +17,7 @@ from invoke import Exit
 from jinja2 import UndefinedError
 
 from cluster import command
-from cluster.command import ENDINGS, Command, become, held, run, say, stream, tell, text_of, words_of
+from cluster.command import ENDINGS, Command, become, held, run, say, stream, tell, words_of
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def test_a_value_is_one_word_wherever_it_stands(value, written):
     """Each `{{ … }}` is quoted, also beside other text, and nothing is exempt."""
     lines = written("docker --name={{ it }} {{ it }}:/x\n{{ it }}\n", it=value)
     assert lines == (("docker", f"--name={value}", f"{value}:/x"), (str(value),))
-    assert shlex.split(text_of(lines).replace("\\\n", "")) == words_of(lines)
+    assert shlex.split(Command(lines).text.replace("\\\n", "")) == words_of(lines)
 
 
 def test_text_is_what_bash_reads_back():
-    """The text of a command, pasted, is the same words."""
+    """The text of a command, pasted, is the same words: one flag per line, continued with a backslash."""
     lines = (("printf", "%s\\0"), ("a b", "$HOME"), ("`id`",), ("\\",), ("'",), ("",))
-    done = subprocess.run(["bash"], input=text_of(lines), capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash"], input=Command(lines).text, capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[:-1] == words_of(lines)[2:]
 
 
@@ -103,7 +103,7 @@ def _sh(text: str) -> Command:
 def test_become_is_the_program():
     """The process id, standard output and exit status are the program's own, and it ignores no signal."""
     text = "echo $$; sh -c 'kill -PIPE $$'; echo $?; exit 7"
-    with _child(lambda: (print("before"), become(_sh(text)))) as child:
+    with _child(lambda: (tell("before"), become(_sh(text)))) as child:
         assert child.out.read() == f"before\n{child.pid}\n{128 + signal.SIGPIPE}\n"
         assert child.err.read() == f"{shlex.join(['sh', '-c', text])}\n"
         assert child.status() == 7
@@ -126,15 +126,12 @@ def test_a_program_that_is_missing_is_named(how, capfd):
 
 
 @pytest.mark.parametrize("how", [{}, {"whole": True}, {"capture": True}, {"heard": "spark-2"}], ids=str)
-@pytest.mark.parametrize(
-    ("end", "said", "status"),
-    [("exit 3", "failed with status 3", 3), ("kill -TERM $$", "was ended by SIGTERM", 143)],
-)
-def test_an_exit_status_is_passed_on(end, said, status, how, capfd):
+def test_an_exit_status_is_passed_on(how, capfd):
     """A command that fails ends the task with its status, or with 128 and its signal as a shell does."""
-    with pytest.raises(Exit, match=said) as failed:
-        run(_sh(end), **how)
-    assert failed.value.code == status
+    for end, said, status in (("exit 3", "failed with status 3", 3), ("kill -TERM $$", "was ended by SIGTERM", 143)):
+        with pytest.raises(Exit, match=said) as failed:
+            run(_sh(end), **how)
+        assert failed.value.code == status
     assert run(_sh("exit 0"), **how) == ""
 
 
@@ -203,8 +200,15 @@ def test_an_answer_that_fails_stops_the_command(capfd):
     assert "\nnot reached" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("how", [{}, {"whole": True}, {"capture": True}, {"heard": "spark-2"}], ids=str)
-@pytest.mark.parametrize("ends", ["exec sleep 60", "exec 2>&-; exec sleep 60", "sleep 60 & wait"])
+@pytest.mark.parametrize(
+    ("ends", "how"),
+    [
+        ("exec sleep 60", {}),
+        ("exec 2>&-; exec sleep 60", {"heard": "spark-2"}),
+        ("sleep 60 & wait", {"capture": True}),
+        ("sleep 60 & wait", {"whole": True}),
+    ],
+)
 def test_a_command_that_takes_too_long_is_killed(ends, how, capfd, tmp_path):
     """Killed with all that it has started: a jump host's ssh would hold the pipes open."""
     begun = time.monotonic()
@@ -380,7 +384,7 @@ def test_a_log_that_cannot_be_written_is_named(detached):
     """With a command that shows why. Nothing is started."""
     with pytest.MonkeyPatch.context() as now:
         now.setattr(Path, "open", full)
-        with pytest.raises(Exit, match=r"a log cannot be written: No space left on device\. Type: df -h /"):
+        with pytest.raises(Exit, match=r"a log cannot be written: No space left on device\. Type: ls .*; df -h /"):
             command.detach(detached)
     detached.log.mkdir()
     with pytest.raises(Exit, match=r"a log cannot be written: Is a directory\. Type: ls -ld /"):

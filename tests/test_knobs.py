@@ -43,8 +43,6 @@ CHANGES = [
         "+ " + PLUGIN.format(SUPER, "1a2b"),
     ),
     ("nemotron ENABLE_REASONING_PARSER=0", *FETCH, *NO_PARSER),
-    ("nemotron ENABLE_REASONING_PARSER=", *FETCH, *NO_PARSER),
-    ("nemotron REASONING_PARSER=", *FETCH, *NO_PARSER),
     ("nemotron REASONING_PARSER=nemotron_v3", *FETCH, *NO_PARSER, "+ --reasoning-parser nemotron_v3"),
     ("nemotron SERVED_NAME=x", "- --served-model-name nvidia/nemotron-3-super", "+ --served-model-name x"),
     ("nemotron TP_SIZE=4", "- --tensor-parallel-size 2", "+ --tensor-parallel-size 4"),
@@ -55,14 +53,11 @@ CHANGES = [
     ("nemotron MAX_NUM_BATCHED_TOKENS=16K", "+ --max-num-batched-tokens 16384"),
     ("nemotron QUANTIZATION=", "- --quantization fp4"),
     ("nemotron KV_CACHE_DTYPE=", "- --kv-cache-dtype fp8"),
-    ("nemotron MAMBA_SSM_DTYPE=", "- --mamba-ssm-cache-dtype auto"),
     ("nemotron MAMBA_SSM_DTYPE=float32", "- --mamba-ssm-cache-dtype auto", "+ --mamba-ssm-cache-dtype float32"),
     ("nemotron MOE_BACKEND=", "- --moe-backend marlin"),
-    ("nemotron MOE_BACKEND=triton", "- --moe-backend marlin", "+ --moe-backend triton"),
     ("nemotron CUDAGRAPH_CAPTURE_SIZE=", "- --max-cudagraph-capture-size 128"),
     ("nemotron ENABLE_EAGER=1", "+ --enforce-eager"),
     ("nemotron ENABLE_ASYNC_SCHEDULING=0", "- --async-scheduling"),
-    ("nemotron ENABLE_ASYNC_SCHEDULING=", "- --async-scheduling"),
     (
         "nemotron ENABLE_MTP=1",
         """+ --speculative-config '{"method": "mtp", "moe_backend": "triton", "num_speculative_tokens": 3}'""",
@@ -140,9 +135,8 @@ def test_the_extra_words_come_last(inv):
     assert """--tool-call-parser hermes \\\n  --hf-overrides \\\n  '{"a": "b c"}' \\\n  --seed \\\n  1\n""" in said
 
 
-@pytest.mark.parametrize("length", ["1M", "1048576"])
-def test_max_len_is_shown_as_a_number(length, inv):
+def test_max_len_is_shown_as_a_number(inv):
     """`--max-len 1M` becomes the number that vLLM would read, and the operator sees it."""
-    said = inv(f"--dry launch --model nemotron --max-len {length}")
+    said = inv("--dry launch --model nemotron --max-len 1M")
     assert "--max-model-len 1048576" in said.out
     assert "MAX_MODEL_LEN = 1048576 (flag --max-len)" in said.err

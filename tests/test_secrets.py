@@ -7,20 +7,12 @@ import subprocess
 import pytest
 
 from cluster import check
-from cluster.models import known_models
 
 HF, KEY = "hf_marker7", "sk_marker7"
 SECRETS = {"HF_TOKEN": HF, "VLLM_API_KEY": KEY}
 LINES = [
-    "--dry build-image",
-    "--dry head",
-    "--dry worker",
-    "--dry stop",
-    "--dry health",
-    "--dry cleanup",
-    "--dry memory",
-    *(f"--dry {task} --model {name}" for task in ("head", "worker", "launch") for name in known_models()),
-    *(f"plan --model {name}" for name in known_models()),
+    *("--dry build-image", "--dry stop", "--dry health", "--dry cleanup", "--dry memory"),
+    *(f"{task} --model nemotron" for task in ("--dry head", "--dry worker", "--dry launch", "--dry up", "plan")),
 ]
 
 
@@ -53,8 +45,9 @@ def test_the_server_takes_its_secrets_by_name(inv):
     assert re.findall(r"^  -e (.*) \\$", serve, re.M) == ["HF_TOKEN", "VLLM_API_KEY"]
 
 
-@pytest.mark.parametrize("name", SECRETS)
-@pytest.mark.parametrize("broken", ["marker7\n", "mar\x1bker7", "marker7\udcff"], ids=ascii)
+@pytest.mark.parametrize(
+    ("name", "broken"), [("HF_TOKEN", "marker7\n"), ("HF_TOKEN", "mar\x1bker7"), ("VLLM_API_KEY", "marker7\udcff")]
+)
 def test_a_malformed_secret_is_not_shown(name, broken, inv):
     """The refusal of a secret shows its name and origin, and not its value."""
     said = inv("--dry launch --model nemotron", **{name: broken})

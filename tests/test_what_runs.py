@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ SETSID = STUB.replace("$CALLS", "$CALLS.behind")
 KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker"}
 TEXTS = (
     *("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "MODEL_CKPT", "SERVED_NAME", "QUANTIZATION", "KV_CACHE_DTYPE"),
-    *("MAMBA_SSM_DTYPE", "MOE_BACKEND", "REASONING_PARSER", "TOOL_CALL_PARSER", "PARSER_REVISION", "MINE"),
+    *("MAMBA_SSM_DTYPE", "MOE_BACKEND", "REASONING_PARSER", "TOOL_CALL_PARSER", "PARSER_REVISION"),
 )
 HOSTILE = [
     " two  words é 漢字 🎉 \u00a0" + "x" * 1000 + " ",
@@ -93,18 +94,20 @@ def _check(commands: list[Command], seen: list[tuple[list[str], dict[str, str]]]
         assert env | dict(command.env) == env
 
 
-@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: value[:20])
-def test_hostile_values_reach_the_programs_as_they_are(value, inv, pasted, calls, sysfs):
+def test_hostile_values_reach_the_programs_as_they_are(inv, pasted, calls, sysfs):
     """Every setting that takes text takes any text, and bash hands it to docker unchanged, as one word."""
-    shell = dict.fromkeys(TEXTS, value)
-    shell |= {"CACHE_DIR": f"/{value}", "SERVE_EXTRA": shlex.join(["--x", value, ""]), "VLLM_FORWARD_VARS": "MINE"}
+    shell = dict(zip(TEXTS, cycle(HOSTILE)))
+    everything = "".join(HOSTILE)
+    shell |= {"CACHE_DIR": f"/{everything}", "VLLM_FORWARD_VARS": "MINE", "MINE": everything}
+    shell["SERVE_EXTRA"] = shlex.join(["--x", *HOSTILE, ""])
     pasted(inv("plan --model nemotron", **shell).out)
     seen = calls()
     _check(plan.plan_commands(_settings("nemotron", sysfs(), **shell)), seen)
-    assert [env["MINE"] for words, env in seen if words[:2] == ["docker", "run"]] == [value, value]
+    assert [env["MINE"] for words, env in seen if words[:2] == ["docker", "run"]] == [everything] * 2
     (serve,) = (words for words, _ in seen if "vllm" in words)
-    assert serve[serve.index("vllm") : serve.index("--host")] == ["vllm", "serve", value, "--served-model-name", value]
-    assert serve[-3:] == ["--x", value, ""]
+    name, served = shell["MODEL_CKPT"], shell["SERVED_NAME"]
+    assert serve[serve.index("vllm") : serve.index("--host")] == ["vllm", "serve", name, "--served-model-name", served]
+    assert serve[-7:] == ["--x", *HOSTILE, ""]
 
 
 @pytest.mark.parametrize(
