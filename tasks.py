@@ -29,6 +29,7 @@ DETACH = "return once Ray runs; inv logs --node shows the node's log"
 LEAVE = "return at once; inv logs shows the server's log"
 ALLOW = "rules to pass over, comma separated; each finding names its rule"
 MAX_LEN = "the context in tokens (MAX_MODEL_LEN): 1048576, 1M, 256K (262144), 256k (256000)"
+LOAD = {"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW}
 FABRIC = "also run an all-reduce between the nodes' GPUs, to prove the data links"
 JSON = "print JSON on standard output"
 
@@ -63,7 +64,7 @@ def worker(
     _bring_up(c, node.worker_commands(settings, net, detach), lambda: guards.before_worker(settings, net))
 
 
-@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
+@verb(help=LOAD | {"detach": LEAVE})
 def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
     settings = _model_settings(model, max_len)
@@ -78,10 +79,7 @@ def launch(c: Context, model: str, max_len: str | None = None, allow: str | None
     load.launch_model(found.settings, [one.address for one in found.nodes], detach)
 
 
-@verb(help={
-    "model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "fabric": FABRIC,
-    "keep": "leave everything that has started, even if a later step fails",
-})  # fmt: skip
+@verb(help=LOAD | {"fabric": FABRIC, "keep": "leave everything that has started, even if a later step fails"})
 def up(
     c: Context,
     model: str,
@@ -152,7 +150,7 @@ def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
 # --- When something is wrong -----------------------------------------------------------------------------------------
 
 
-@verb(help={"model": MODEL, "max-len": MAX_LEN, "allow": ALLOW, "json": JSON, "fabric": FABRIC})
+@verb(help=LOAD | {"json": JSON, "fabric": FABRIC})
 def check(
     c: Context,
     model: str,

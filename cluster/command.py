@@ -66,20 +66,9 @@ def _templates() -> Environment:
     return environment
 
 
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except TemplateSyntaxError as error:
-        raise Exit(f"{error.name or name}, line {error.lineno}, is no template: {error.message}") from None
-    except (TemplateNotFound, OSError, UnicodeDecodeError) as error:
-        raise Exit(f"The template {name} cannot be read: {error}") from None
-
-
 def render(name: str, **values: object) -> Lines:
     """Render the template called name. Every value is quoted; a name without a value raises jinja2.UndefinedError."""
-    with _readable(name):
-        text = _templates().get_template(name).render(values)
+    text = _templates().get_template(name).render(values)
     return tuple(_split(line) for line in text.split("\n") if line.strip())
 
 
@@ -90,10 +79,15 @@ def _split(line: str) -> tuple[str, ...]:
 
 @cache
 def template_names(name: str) -> frozenset[str]:
-    """Return the names in capitals that a template uses, also through a template that it extends."""
+    """Return the names in capitals that a template uses, also through a template that it extends or includes."""
     environment = _templates()
-    with _readable(name):
+    try:
+        environment.get_template(name)  # finds also an unknown filter
         tree = environment.parse(environment.loader.get_source(environment, name)[0])  # type: ignore[union-attr]
+    except TemplateSyntaxError as error:
+        raise Exit(f"{error.name or name}, line {error.lineno}, is no template: {error.message}") from None
+    except (TemplateNotFound, OSError, UnicodeDecodeError) as error:
+        raise Exit(f"The template {name} cannot be read: {error}") from None
     used = {word for word in meta.find_undeclared_variables(tree) if word.isupper()}
     return frozenset(used.union(*(template_names(parent) for parent in meta.find_referenced_templates(tree) if parent)))
 

@@ -35,7 +35,7 @@ def written(tmp_path, monkeypatch):
 
 
 def test_a_missing_value_is_an_error(written):
-    """A name that nobody gave ends the run: it never becomes an empty word."""
+    """A name without a value ends the run and never becomes an empty word."""
     with pytest.raises(UndefinedError, match="MISSING"):
         written("docker {{ MISSING }}\n")
 
@@ -46,9 +46,26 @@ def test_none_is_an_error(written):
         written("docker {{ it }}\n", it=None)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\n{% if %}", r"it.j2, line 2, is no template: "),
+        ("{{ A | nothing }}", r"it.j2, line 1, is no template: No filter named"),
+        ('{% include "gone.j2" %}', "The template gone.j2 cannot be read"),
+    ],
+)
+def test_a_template_with_a_mistake_is_named(text, said, written):
+    """A new model's template is refused in a sentence, before anything is rendered."""
+    written("{# makes the file #}")
+    (command.ROOT / "it.j2").write_text(text)
+    command._templates.cache_clear()
+    with pytest.raises(Exit, match=said):
+        command.template_names("it.j2")
+
+
 @pytest.mark.parametrize("char", ["\n", "\r", "\0", "\x1b", "\u2028", "\udcff"], ids=ascii)
 def test_a_control_character_is_an_error(char, written):
-    """The last gate: whatever let it through before, no command line is written with it."""
+    """No command line is written with a control character, even if a setting let it through."""
     with pytest.raises(ValueError):  # noqa: PT011 - the value is the message
         written("docker {{ it }}\n", it=f"a{char}b")
 
@@ -70,7 +87,7 @@ def test_text_is_what_bash_reads_back():
 
 @contextmanager
 def _child(body: Callable[[], object]) -> Iterator[SimpleNamespace]:
-    """A process in a session of its own that does what body does, as `inv` would, its output buffered in a pipe."""
+    """Call body in a process with a session of its own, as `inv` has. Its output goes to pipes."""
     (out, its_out), (err, its_err) = os.pipe(), os.pipe()
     if not (pid := os.fork()):
         status = 1
@@ -110,7 +127,7 @@ def test_become_is_the_program():
 
 
 def test_become_refuses_what_is_not_there(monkeypatch):
-    """No docker on the PATH is a sentence."""
+    """A program that is not on the PATH brings a sentence."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # a folder on it that cannot be read would be another sentence
     before = signal.getsignal(signal.SIGPIPE)
     with pytest.raises(Exit, match=r"no-such-program cannot be started: No such file or directory\."):
@@ -210,7 +227,7 @@ def test_an_answer_that_fails_stops_the_command(capfd):
     ],
 )
 def test_a_command_that_takes_too_long_is_killed(ends, how, capfd, tmp_path):
-    """Killed with all that it has started: a jump host's ssh would hold the pipes open."""
+    """The command is killed with its children, because a jump host's ssh would hold the pipes open."""
     begun = time.monotonic()
     with pytest.raises(Exit, match="did not end within 0 s and was killed") as failed:
         run(_sh(f"echo $$ >{tmp_path}/group; {ends}"), seconds=0.05, **how)
@@ -247,7 +264,7 @@ def test_a_program_that_cannot_be_killed_is_left(monkeypatch):
 
 
 def test_a_command_that_must_not_be_cut_has_its_time(monkeypatch, capfd):
-    """No signal ends it, so a time limit does."""
+    """A time limit ends a command that no signal may end."""
     monkeypatch.setattr(command, "WHOLE_S", 0.01)
     with pytest.raises(Exit, match="sleep 9 did not end within 0 s"):
         run(Command((("sleep", "9"),)), whole=True)
@@ -270,7 +287,7 @@ def test_a_reader_that_has_seen_enough_ends_the_task_quietly():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *ENDINGS], ids=lambda number: number.name)
 def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
-    """whole: the terminal's Ctrl-C reaches neither the command nor, before its end, us; then it counts."""
+    """whole: a Ctrl-C does not reach the command. It reaches this process after the command's end."""
 
     def body() -> None:
         for one in ENDINGS:
@@ -293,7 +310,7 @@ def test_a_signal_waits_for_a_command_that_must_not_be_cut(number, tmp_path):
 
 @pytest.fixture
 def heard():
-    """The signals that were heard, in order; who hears them afterwards is who heard them before."""
+    """The signals that were heard, in order. The handlers are restored afterwards."""
     numbers, got = (signal.SIGINT, *ENDINGS), []
     before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
     yield got
@@ -302,7 +319,7 @@ def heard():
 
 
 def test_held_signals_count_once_at_the_end(heard):
-    """The first of them, to whoever hears it then, when all is done that must not be cut in two, or has failed."""
+    """After the block, or its failure, the first held signal goes to the handler of before."""
 
     def cut():
         with held():
@@ -318,8 +335,8 @@ def test_held_signals_count_once_at_the_end(heard):
     assert heard == [signal.SIGHUP] and handlers == [signal.getsignal(number) for number in ENDINGS]
 
 
-def test_who_ignores_a_signal_goes_on_to(heard):
-    """`nohup` has us ignore a hang-up: it is neither held nor counted, and nobody who is started hears it."""
+def test_an_ignored_signal_stays_ignored(heard):
+    """Under `nohup` SIGHUP is ignored: it is not held, and a child ignores it too."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with held():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -331,7 +348,7 @@ def test_who_ignores_a_signal_goes_on_to(heard):
 
 
 def test_a_stream_gives_lines_as_they_come_and_ends_its_command(capfd):
-    """Its input is closed too: a process in a container does not get the SIGTERM that ends `docker exec`."""
+    """The input is closed too, because a process in a container gets no SIGTERM from `docker exec`."""
     for at_the_end in ("exec sleep 60", "trap '' TERM; exec cat"):
         with stream(_sh(f"echo one; {at_the_end}")) as lines:
             assert next(lines) == "one"
@@ -340,7 +357,7 @@ def test_a_stream_gives_lines_as_they_come_and_ends_its_command(capfd):
 
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
 def test_a_stream_ends_with_its_terminal(number):
-    """A SIGHUP or a SIGTERM to us ends the command too, and our status says which it was."""
+    """A SIGHUP or SIGTERM to this process ends the command too, and the exit status names the signal."""
 
     def body() -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -366,7 +383,7 @@ def detached(tmp_path) -> Command:
 
 
 def test_a_detached_command_writes_to_its_log(detached, monkeypatch):
-    """In a session of its own, after what the log has already. A log that is too long is moved aside first."""
+    """The output follows the log's earlier lines. A log that is too long is moved aside first."""
     line = "it's two  words\n"
     monkeypatch.setattr(command, "LOG_BYTES", 2 * len(line) - 1)
     for begun, log in ((0, line), (len(line), line * 2), (0, line)):
@@ -381,7 +398,7 @@ def full(*_, **__):
 
 
 def test_a_log_that_cannot_be_written_is_named(detached):
-    """With a command that shows why. Nothing is started."""
+    """The message has commands that show why. Nothing is started."""
     with pytest.MonkeyPatch.context() as now:
         now.setattr(Path, "open", full)
         with pytest.raises(Exit, match=r"a log cannot be written: No space left on device\. Type: ls .*; df -h /"):
@@ -394,7 +411,7 @@ def test_a_log_that_cannot_be_written_is_named(detached):
 
 
 def test_a_detached_command_pastes_as_it_is(detached):
-    """The printed text starts the same in a bash that goes on at once: session, log, variables."""
+    """The printed text starts the same in bash: session, log, variables. bash goes on at once."""
     assert detached.text.splitlines()[-1].endswith("1 &") and detached.words == list(GREETS) == words_of(detached.lines)
     subprocess.run(["bash"], input=f"{detached.text}\nwait\n", text=True, check=True)
     assert detached.log.read_text() == "it's two  words\n"

@@ -1,4 +1,4 @@
-"""What is printed is what runs: pasted into a real bash, it starts exactly the words and variables of its commands."""
+"""The printed text is what runs: pasted into a real bash, it starts the words and variables of its commands."""
 
 import os
 import shlex
@@ -22,7 +22,7 @@ STUB = """#!/bin/sh
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\1\\0'; env -0; printf '\\1\\0'; } >>"$CALLS"
 echo said
 """
-# What real ones do with standard input, and one for `&`, beside which others run.
+# ssh reads its standard input unless told not to. setsid runs behind `&`, beside the others.
 SSH = STUB + 'case " $* " in *" -n "*) ;; *) cat >/dev/null ;; esac\n'
 SETSID = STUB.replace("$CALLS", "$CALLS.behind")
 KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker"}
@@ -41,7 +41,7 @@ HOSTILE = [
 
 @pytest.fixture
 def stubs(operator, tmp_path) -> Path:
-    """A folder of programs that only write down how they were called, first on the PATH."""
+    """A folder of programs, first on the PATH. They only write down their words and their environment."""
     folder = tmp_path / "bin"
     folder.mkdir()
     programs = dict.fromkeys(("docker", "mkdir", "nvidia-smi"), STUB) | {"ssh": SSH, "setsid": SETSID}
@@ -55,7 +55,7 @@ def stubs(operator, tmp_path) -> Path:
 
 @pytest.fixture
 def calls(stubs, tmp_path) -> Callable[..., list[tuple[list[str], dict[str, str]]]]:
-    """What the stubs were called with since the last time, or those behind: words and environment of each call."""
+    """Return the words and the environment of each call since the last time."""
 
     def read(file: str = "calls") -> list[tuple[list[str], dict[str, str]]]:
         parts = (tmp_path / file).read_text().split("\1\0")[:-1]
@@ -138,7 +138,7 @@ def test_build_image_runs_what_it_prints(inv, pasted, calls, sysfs):
 
 
 def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp_path):
-    """The head behind, and each command in order: an ssh that read what is pasted would swallow what comes after it."""
+    """The head runs behind, the rest in order. An ssh that read its standard input would swallow the next lines."""
     (tmp_path / "node-ray").mkdir()  # bash itself opens the log, and the mkdir here makes nothing
     shell = {"CACHE_DIR": str(tmp_path), "WORKER_HOSTS": "spark-2,spark-3,spark-4", "TP_SIZE": "4"}
     settings = _settings("nemotron", sysfs(), **shell)
@@ -153,7 +153,7 @@ def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp
 
 
 def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
-    """Launch starts what its dry text says, in that order: fetch, serve, record, follow."""
+    """Launch starts the commands of its dry text in their order: fetch, serve, record, follow."""
     pasted(inv("--dry launch --model nemotron").out)
     from_paste = calls()
     monkeypatch.setattr(load, "PAUSE_S", 0.005)
