@@ -27,8 +27,8 @@ class Model:
 
     @property
     def profiles(self) -> tuple[Path, ...]:
-        """The files that set values for this model: first the containers' variables, then the knobs."""
-        files = [ROOT / self.folder / f"{name}.env" for name in ("cluster", self.size)]
+        """The files with this model's values: the knobs, then the containers' variables. An earlier file wins."""
+        files = [ROOT / self.folder / f"{name}.env" for name in (self.size, "cluster")]
         return tuple(file for file in files if file.exists())
 
     @property

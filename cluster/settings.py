@@ -69,10 +69,6 @@ def _tokens(text: str) -> str:
     return str(int(match[1]) * units[match[2]])
 
 
-def _path(text: str) -> str:
-    return _matching("/[^:]*")(os.path.expanduser(text))
-
-
 def _extra_words(text: str) -> str:
     """Refuse a key, because every user of the host can read a command line. VLLM_API_KEY is for the key."""
     for word in shlex.split(text):
@@ -102,7 +98,7 @@ DEVICES = Form("device names, comma separated", _matching(r"[\w.@-]+(,[\w.@-]+)*
 HOSTS = Form("ssh destinations, comma separated", _matching(r"(?!-)[\w.@%-]+(,(?!-)[\w.@%-]+)*"))
 # On the other node `env NAME=value … FOLDER/inv` would take a folder with an equals sign for a variable.
 CHECKOUT = Form("a folder without an equals sign, from the home folder if it is relative", _matching(r"(?!-)[^=]+"))
-PATH = Form("an absolute path without a colon", _path)
+PATH = Form("an absolute path without a colon", lambda text: _matching("/[^:]*")(os.path.expanduser(text)))
 IMAGE = Form("an image name", _matching(r"[\w][\w./:@-]*"))
 SECRET_NAMES = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_TOKEN|VLLM_API_KEY)( |$))*"))
 EXTRA_WORDS = Form("words as a shell would read them, and no key among them", _extra_words)
@@ -312,9 +308,9 @@ def _site_file(named: str | None) -> Path | None:
 
 
 def _profiles(model: Model) -> Sources:
-    """Read the model's files, the knobs first. A name that nothing uses is an error."""
+    """Read the model's files. A name that nothing uses is an error."""
     sources = {}
-    for file in reversed(model.profiles):
+    for file in model.profiles:
         values = read_values(file)
         known = CORE.keys() | model.knobs | set(values.get("VLLM_FORWARD_VARS", "").split())
         for name in sorted(values.keys() - known):
