@@ -1,4 +1,4 @@
-"""A finding is a disagreement or a shortage that a rule found before a model is loaded."""
+"""The result of a rule: a disagreement or a shortage that was found before a model is loaded."""
 
 import re
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,7 @@ class Demand:
 NOT_COMPUTED = (
     *("--block-size", "--cpu-offload-gb", "--decode-context-parallel-size", "--hf-overrides", "--mamba-block-size"),
     *("--kv-cache-memory-bytes", "--mamba-cache-dtype", "--num-gpu-blocks-override", "--kv-cache-dtype-skip-layers"),
+    "--speculative-config.method",  # MTP is read from JSON only
 )
 
 
@@ -65,65 +67,53 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     vllm: the version that will run. For a model with constant states, 0.21.0 leaves prefix caching off and 0.32.0
     switches it on. Between the two the larger need is assumed. Raises CannotKnow for an option that is not computed.
     """
-    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
-    parser.add_argument("--max-model-len", dest="length", type=_positive, default=0)
-    parser.add_argument("--gpu-memory-utilization", dest="utilization", type=float, default=0.0)
-    parser.add_argument("--tensor-parallel-size", "-tp", dest="tp", type=_positive, default=1)
-    parser.add_argument("--pipeline-parallel-size", "-pp", dest="pp", type=_positive, default=1)
-    parser.add_argument("--kv-cache-dtype", dest="cache_dtype", choices=("auto", *CACHE_BYTES), default="auto")
-    parser.add_argument("--mamba-ssm-cache-dtype", dest="state_dtype", choices=("auto", *STATE_BYTES), default="auto")
-    parser.add_argument("--speculative-config", dest="drafts", type=_drafts, default=0)
-    parser.add_argument("--max-num-seqs", dest="sequences", type=_positive)
-    parser.add_argument("--max-num-batched-tokens", dest="batched", type=_positive)
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--enable-prefix-caching", dest="prefix", action=switch, default=vllm > (0, 21, 0))
-    parser.add_argument("--mamba-cache-mode", dest="mode", choices=("none", "align", "all"), default="none")
-    parser.add_argument("--enforce-eager", dest="eager", action=switch, default=False)
-    parser.add_argument("--data-parallel-size", "-dp", dest="other", type=_only("1"))
-    parser.add_argument("--dtype", dest="other", type=_only("auto", "bfloat16", "float16", "half"))
-    for option in NOT_COMPUTED:
-        parser.add_argument(option, dest="other", nargs="*", type=_only("0"))
+    # The defaults of Demand count for the options that the line does not have.
+    absent = argparse.SUPPRESS
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False, argument_default=absent)
+    option = parser.add_argument
+    option("--max-model-len", dest="length", type=whole_number, default=0)
+    option("--gpu-memory-utilization", dest="utilization", type=float, default=0.0)
+    option("--tensor-parallel-size", "-tp", dest="tp", type=whole_number)
+    option("--pipeline-parallel-size", "-pp", dest="pp", type=whole_number)
+    option("--kv-cache-dtype", dest="cache_dtype", choices=("auto", *CACHE_BYTES))
+    option("--mamba-ssm-cache-dtype", dest="state_dtype", choices=("auto", *STATE_BYTES))
+    option("--speculative-config", dest="drafts", type=mtp_tokens)
+    option("--max-num-seqs", dest="sequences", type=whole_number)
+    option("--max-num-batched-tokens", dest="batched", type=whole_number)
+    option("--enable-prefix-caching", dest="prefix", action=argparse.BooleanOptionalAction, default=vllm > (0, 21, 0))
+    option("--mamba-cache-mode", dest="mode", choices=("none", "align", "all"))
+    option("--enforce-eager", dest="eager", action=argparse.BooleanOptionalAction)
+    option("--data-parallel-size", "-dp", dest="other", choices=("1",))
+    option("--dtype", dest="other", choices=("auto", "bfloat16", "float16", "half"))
+    for name in NOT_COMPUTED:
+        option(name, dest="other", nargs="*", choices=("0",))
+    # vLLM takes --a_b=c_d for --a-b=c_d.
+    dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
     try:
-        known, unknown = parser.parse_known_args([_dashed(word) for word in words])
+        given = vars(parser.parse_known_args(dashed)[0])
     except argparse.ArgumentError as error:
-        raise CannotKnow(f"In the `vllm serve` line, {error}.") from None
-    if any(word.startswith("--speculative-config.") for word in unknown):
-        raise CannotKnow("--speculative-config is given in parts, which are not read here.")
-    if not known.length or not 0 < known.utilization <= 1:
+        raise CannotKnow(f"The `vllm serve` line has a value that is not computed: {error}.") from None
+    given.pop("other", None)
+    demand = Demand(**given, vllm=vllm)
+    if not demand.length or not 0 < demand.utilization <= 1:
         raise CannotKnow("The line needs --max-model-len, and --gpu-memory-utilization above 0 and at most 1.")
-    return Demand(**{name: value for name, value in vars(known).items() if name != "other"}, vllm=vllm)
+    return demand
 
 
-def _dashed(word: str) -> str:
-    """Spell an option with dashes, as vLLM does: `--a_b=c_d` is `--a-b=c_d`."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+# argparse puts the names of these two into its messages: "invalid whole_number value".
+def whole_number(found: object) -> int:
+    """Read a number of a line or of a JSON file. A size of more than 10**8 is a mistake."""
+    if not str(found).isdecimal() or not 0 < int(str(found)) <= 10**8:
+        raise ValueError
+    return int(str(found))
 
 
-def _only(*harmless: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in harmless:
-            raise argparse.ArgumentTypeError(f"the effect of {text!r} on memory is not computed")
-        return text
-
-    return read
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _drafts(text: str) -> int:
+def mtp_tokens(text: str) -> int:
     """Return the number of tokens that MTP drafts. Any other method loads a model of unknown size."""
-    try:
-        config = json.loads(text)
-        if config["method"] == "mtp":
-            return json_field(config, "num_speculative_tokens", read=_number)
-    except (ValueError, LookupError, TypeError):
-        pass  # refused below, as another method is
-    raise argparse.ArgumentTypeError("this is not MTP with its number of tokens, and its memory is not computed")
+    config = dict(json.loads(text))
+    if config.get("method") != "mtp":
+        raise ValueError
+    return whole_number(config.get("num_speculative_tokens"))
 
 
 # --- The shape of a model --------------------------------------------------------------------------------------------
@@ -134,23 +124,27 @@ LAYERS = {
     "*": ATTENTION, "attention": ATTENTION, "full_attention": ATTENTION, "M": STATE, "mamba": STATE,
     "linear_attention": STATE, "E": OTHER, "-": OTHER, "moe": OTHER, "mlp": OTHER,
 }  # fmt: skip
+# The keys of a state's sizes in config.json, in the order of State. Those of a gated delta net play the same parts.
+MAMBA = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
+DELTA_NET = ("linear_num_value_heads", "linear_value_head_dim", "linear_key_head_dim", "linear_num_key_heads",
+             "linear_conv_kernel_dim")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class State:
-    """The constant state of one layer: Mamba-2's, or a gated delta net's, whose sizes play the same parts.
+    """The constant state of one layer.
 
-    `groups` of `columns` stand beside the heads in the convolution, which has `kernel` steps. `chunk` tokens are
-    computed at once, and `element` is the bytes of one element.
+    `chunk` tokens are computed at once, and `element` is the bytes of one element. `groups` of `columns` stand beside
+    the heads in the convolution, which has `kernel` steps.
     """
 
+    chunk: int
+    element: int
     heads: int
     head_dim: int
     columns: int
     groups: int
     kernel: int
-    chunk: int
-    element: int
 
 
 @dataclass(frozen=True)
@@ -167,19 +161,32 @@ class Shape:
     caches_all_states: bool
 
 
-def read_shape(config: object) -> Shape:
+def read_shape(config: dict[str, Any]) -> Shape:
     """Read a config.json, of a vision model its text_config. Raises ValueError with the key at fault."""
-    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
-        raise ValueError("config or text_config is no JSON object")
     config = {**config, **config.get("text_config", {})}
-    number = partial(json_field, config, read=_number)
+    number = partial(json_field, config, read=whole_number)
+    layers_of = partial(json_field, config, read=_layers)
     kind = config.get("model_type")
-    if kind == "nemotron_h":
-        layers, mtp, state = _nemotron(config)
-    elif kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"):
-        layers, mtp, state = _delta_net(config)
+    mtp: tuple[str, ...] = ()
+    state = None
+    if kind == "nemotron_h":  # as in vLLM's nemotron_h.py and nemotron_h_mtp.py
+        layers = layers_of("hybrid_override_pattern", "layers_block_type")
+        if config.get("num_nextn_predict_layers"):
+            mtp = layers_of("mtp_hybrid_override_pattern", "mtp_layers_block_type") * number("num_nextn_predict_layers")
+        element = json_field(config, "mamba_ssm_cache_dtype", read=STATE_BYTES.__getitem__, default="float32")
+        state = State(number("chunk_size", default=128), element, *map(number, MAMBA))
+    elif kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"):  # as in qwen3_5.py
+        if config.get("layer_types"):
+            layers = layers_of("layer_types")
+        else:
+            every = number("full_attention_interval")
+            layers = tuple(STATE if layer % every else ATTENTION for layer in range(1, number("num_hidden_layers") + 1))
+        if config.get("mtp_num_hidden_layers"):
+            mtp = (ATTENTION,) * number("mtp_num_hidden_layers")
+        element = json_field(config, "mamba_ssm_dtype", "dtype", "torch_dtype", read=STATE_BYTES.__getitem__)
+        state = State(number("chunk_size", default=64), element, *map(number, DELTA_NET))
     elif kind in ("qwen3", "qwen3_moe", "llama") and not config.get("use_sliding_window", config.get("sliding_window")):
-        layers, mtp, state = (ATTENTION,) * number("num_hidden_layers"), (), None
+        layers = (ATTENTION,) * number("num_hidden_layers")
     else:
         raise ValueError(f"model_type {kind!r:.60} has no formula here, or it has a sliding_window")
     heads = number("num_attention_heads")
@@ -189,46 +196,6 @@ def read_shape(config: object) -> Shape:
     return Shape(layers, mtp, heads, kv_heads, head_dim, element, state, caches_all_states=kind == "nemotron_h")
 
 
-def _nemotron(config: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], State | None]:
-    """Return the layers, the layers of MTP and the state, as vLLM reads them in nemotron_h.py and nemotron_h_mtp.py."""
-    number = partial(json_field, config, read=_number)
-    mtp: tuple[str, ...] = ()
-    if config.get("num_nextn_predict_layers"):
-        mtp = json_field(config, "mtp_hybrid_override_pattern", "mtp_layers_block_type", read=_layers)
-        mtp *= number("num_nextn_predict_layers")
-    state = State(
-        heads=number("mamba_num_heads"),
-        head_dim=number("mamba_head_dim"),
-        columns=number("ssm_state_size"),
-        groups=number("n_groups"),
-        kernel=number("conv_kernel"),
-        chunk=number("chunk_size", default=128),
-        element=json_field(config, "mamba_ssm_cache_dtype", read=STATE_BYTES.__getitem__, default="float32"),
-    )
-    return json_field(config, "hybrid_override_pattern", "layers_block_type", read=_layers), mtp, state
-
-
-def _delta_net(config: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], State | None]:
-    """Return the same for Qwen3-Next and Qwen3.5, most of whose layers are a gated delta net, as in qwen3_5.py."""
-    number = partial(json_field, config, read=_number)
-    if config.get("layer_types"):
-        layers = json_field(config, "layer_types", read=_layers)
-    else:
-        every = number("full_attention_interval")
-        layers = tuple(STATE if layer % every else ATTENTION for layer in range(1, number("num_hidden_layers") + 1))
-    mtp = (ATTENTION,) * number("mtp_num_hidden_layers") if config.get("mtp_num_hidden_layers") else ()
-    state = State(
-        heads=number("linear_num_value_heads"),
-        head_dim=number("linear_value_head_dim"),
-        columns=number("linear_key_head_dim"),
-        groups=number("linear_num_key_heads"),
-        kernel=number("linear_conv_kernel_dim"),
-        chunk=number("chunk_size", default=64),
-        element=json_field(config, "mamba_ssm_dtype", "dtype", "torch_dtype", read=STATE_BYTES.__getitem__),
-    )
-    return layers, mtp, state
-
-
 def json_field(fields: Mapping[str, Any], *keys: str, read: Callable[[Any], T], default: object = None) -> T:
     """Read the first of these keys that is set, otherwise the default. Raises ValueError with the key and its value."""
     found = next((fields[key] for key in keys if fields.get(key) is not None), default)
@@ -236,12 +203,6 @@ def json_field(fields: Mapping[str, Any], *keys: str, read: Callable[[Any], T], 
         return read(found)
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{' or '.join(keys)} is {found!r:.60}") from None
-
-
-def _number(found: object) -> int:
-    if type(found) is not int or not 0 < found <= 10**7:
-        raise ValueError
-    return found
 
 
 def _layers(found: str | list[str]) -> tuple[str, ...]:
@@ -258,7 +219,7 @@ class Layout:
     """The blocks of one rank's cache: `block` tokens and `block_bytes` bytes each.
 
     A sequence takes `growing` blocks for each `block` tokens, and `fixed` blocks whatever its length. `held` blocks are
-    never given out. With `states`, each sequence that is decoded needs a block of its own.
+    never given out.
     """
 
     block: int
@@ -266,7 +227,6 @@ class Layout:
     growing: int
     fixed: int
     held: int
-    states: bool
 
     def needed(self, length: int) -> int:
         """Return the blocks of one sequence of so many tokens."""
@@ -291,16 +251,14 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     layers = shape.layers + (shape.mtp if demand.drafts else ())
     attention, states = layers.count(ATTENTION), layers.count(STATE)
     if not attention or shape.heads % demand.tp or (shape.kv_heads % demand.tp and demand.tp % shape.kv_heads):
-        raise CannotKnow(
-            f"--tensor-parallel-size {demand.tp} cannot divide {attention} attention layers of {shape.heads} heads, and "
-            f"{shape.kv_heads} heads for keys and values."
-        )
+        parts = f"{attention} attention layers of {shape.heads} heads, {shape.kv_heads} of them for keys and values"
+        raise CannotKnow(f"--tensor-parallel-size {demand.tp} cannot divide {parts}.")
     # Every rank has one head for keys and values at least.
     each = shape.element if demand.cache_dtype == "auto" else CACHE_BYTES[demand.cache_dtype]
     token = 2 * max(1, shape.kv_heads // demand.tp) * shape.head_dim * each
     held = int(demand.vllm > (0, 21, 0))  # newer versions count a block that is never given out
     if not shape.state or not states:
-        return Layout(KERNEL_BLOCK, KERNEL_BLOCK * token * attention, growing=1, fixed=0, held=held, states=False)
+        return Layout(KERNEL_BLOCK, KERNEL_BLOCK * token * attention, growing=1, fixed=0, held=held)
     kept = kept_states(shape, demand)
     # A block has the fewest tokens whose keys and values are as large as one state.
     step = lcm(shape.state.chunk, KERNEL_BLOCK) if kept == "all" else KERNEL_BLOCK
@@ -311,7 +269,7 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     of_states = ceil(states / group)
     growing = ceil(attention / group) + (of_states if kept == "all" else 0)
     fixed = of_states * {"none": 1 + demand.drafts, "align": 2 + demand.drafts, "all": 0}[kept]
-    return Layout(block, block * token * group, growing, fixed, held, states=True)
+    return Layout(block, block * token * group, growing, fixed, held)
 
 
 def kept_states(shape: Shape, demand: Demand) -> str:

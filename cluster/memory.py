@@ -7,20 +7,18 @@ v1/worker/utils.py of vLLM 0.21.0.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
 from cluster.finding import GIB, CannotKnow, Finding, vllm_version
-from cluster.kv_cache import Demand, Layout, Shape, cache_layout, json_field, read_demand, read_shape
+from cluster.kv_cache import STATE, Demand, Layout, Shape, cache_layout, json_field, read_demand, read_shape
 from cluster.node import HF_CACHE
 from cluster.repository import ROOT
 from cluster.server import serve_words
 from cluster.settings import ModelSettings
 
-# Activations were measured with so many batched tokens.
-MEASURED_BATCH = 8192
 # The sizes that a profile's JSON file gives in GiB, with their defaults. A server takes 8.0 GiB outside of its
 # reservation: 3.0 of CUDA context and NCCL, read on an H100, and 5.0 for three Python processes, read without a GPU.
 MEASURED = {"weights": None, "mtp_weights": 0, "activations": None, "mtp_activations": 0, "graphs": None,
@@ -36,10 +34,9 @@ def checkpoint_folder(hf_cache: Path, checkpoint: str) -> Path | None:
         return Path(checkpoint.replace(f"{HF_CACHE}/", f"{hf_cache}/", 1))
     folder = hf_cache / "hub" / f"models--{checkpoint.replace('/', '--')}"
     try:
-        revision = (folder / "refs" / "main").read_text().strip()
+        return folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return folder / "snapshots" / revision if revision.isalnum() else None
 
 
 def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape, dict[str, int]]:
@@ -95,7 +92,8 @@ class Budget:
     """The memory of one node with the model on it.
 
     vLLM takes `reservation` whatever the context: weights, activations, graphs, and the cache from what they leave.
-    `outside` comes on top. `layout` is None where the cache is not computed. `sequences` are decoded at once.
+    `outside` comes on top. `layout` is None where the cache is not computed. `sequences` need a block of the cache
+    each: all that are decoded at once, where they have states and decoding is captured in CUDA graphs.
     """
 
     node: NodeMemory
@@ -109,14 +107,20 @@ class Budget:
     sequences: int
 
     @property
-    def fixed(self) -> int:
-        """The part of the reservation that the cache cannot have."""
-        return self.weights + self.activations + self.graphs
-
-    @property
     def cache(self) -> int:
         """The part of the reservation that is left for the cache. Below 0 there is none."""
-        return self.reservation - self.fixed
+        return self.reservation - self.weights - self.activations - self.graphs
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of the cache, 0 where it is not computed."""
+        return max(self.cache, 0) // self.layout.block_bytes if self.layout else 0
+
+    @property
+    def needed(self) -> int:
+        """The smallest cache with which vLLM starts, 0 where it is not computed."""
+        layout = self.layout
+        return max(layout.least(self.demand.length), self.sequences * layout.block_bytes) if layout else 0
 
     @property
     def left(self) -> int:
@@ -127,13 +131,13 @@ class Budget:
 def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node: NodeMemory) -> Budget:
     """Compute the memory of one node. Raises CannotKnow where the model's cache cannot be computed.
 
-    Weights and activations are allowances. The cache is exact for the memory that they leave. Activations grow with the
-    batched tokens and never shrink below the measured ones: nobody has measured which part of them would stay.
+    Weights and activations are allowances. The cache is exact for the memory that they leave. Activations were measured
+    with 8192 batched tokens. They grow with more, and do not shrink with fewer, because nobody has measured that.
     """
     # vLLM's defaults for an API server, by the memory of the device.
     sequences, batched = (1024, 8192) if (node.total or 0) >= 70 * GIB else (256, 2048)
-    sequences = demand.sequences or sequences
-    batched = demand.batched or min(batched, sequences * demand.length)
+    batched = demand.batched or min(batched, (demand.sequences or sequences) * demand.length)
+    captured = STATE in shape.layers and not demand.eager
     drafts = bool(demand.drafts)
     activations = measured["activations"] + drafts * measured["mtp_activations"]
     return Budget(
@@ -141,11 +145,11 @@ def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node:
         demand,
         layout=cache_layout(shape, demand) if demand.pp == 1 else None,
         weights=ceil((measured["weights"] + drafts * measured["mtp_weights"]) / (demand.tp * demand.pp)),
-        activations=activations * max(batched, MEASURED_BATCH) // MEASURED_BATCH,
+        activations=activations * max(batched, 8192) // 8192,
         graphs=0 if demand.eager else measured["graphs"],
         outside=measured["outside"],
         reservation=ceil((node.total or 0) * demand.utilization),
-        sequences=demand.sequences or min(sequences, batched),
+        sequences=(demand.sequences or min(sequences, batched)) if captured else 0,
     )
 
 
@@ -154,7 +158,7 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
     node, layout, length = budget.node, budget.layout, budget.demand.length
     cache = [("KV cache (its tokens are not computed)", in_gib(budget.cache))]
     if layout:
-        times = max(budget.cache, 0) // layout.block_bytes / layout.needed(length)
+        times = budget.blocks / layout.needed(length)
         cache = [
             (f"KV cache: {int(times * length):,} tokens, {times:.2f} x {length:,}", in_gib(budget.cache)),
             (f"  of it {length:,} tokens take", in_gib(layout.least(length))),
@@ -196,106 +200,52 @@ def memory_budgets(
         return [], [Finding("memory-unknown", f"The memory that {model.name} takes is unknown. {error}")]
     found = [finding for budget in budgets for finding in memory_findings(budget, settings)]
     if demand.pp > 1:
-        text = (
-            f"The KV cache is not computed for --pipeline-parallel-size {demand.pp}. The log of the load has its size."
-        )
+        text = f"The KV cache is not computed for PP_SIZE={demand.pp}. The log of the load has its size."
         found.insert(0, Finding("memory-unknown", text, refuses=False))
     return budgets, found
 
 
 def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
-    """Return everything that is wrong with the memory of one node."""
-    node = budget.node
-    if not node.total or node.available is None:
-        missing = "MemAvailable" if node.total else "MemTotal"
-        text = f"{missing} of {node.name} is unknown, so nobody can say that the model fits. Type there: free -g"
-        return [Finding("memory-unknown", text)]
-    found = [_host(budget, settings), _context(budget, settings) or _sequences(budget, settings)]
-    return [finding for finding in found if finding]
+    """Return everything that is wrong with the memory of one node.
 
-
-def _host(budget: Budget, settings: ModelSettings) -> Finding | None:
-    """The host must keep MEM_FLOOR_GIB. The article's nodes hung when they had too little, and lost their power."""
-    floor, warn = (float(settings[name]) * GIB for name in ("MEM_FLOOR_GIB", "MEM_WARN_GIB"))
-    low = budget.left < floor
-    if not low and budget.left >= warn:
-        return None
-    limit = "MEM_FLOOR_GIB" if low else "MEM_WARN_GIB"
-    share = _highest_share(budget, warn) or (_highest_share(budget, floor) if low else None)
-    advice = f"{_util(share)} {settings.launch_line}" if share else "free -g; end what else runs there, and try again"
-    text = (
-        f"{budget.node.name} would keep {budget.left / GIB:.2f} GiB, less than {limit} ({float(settings[limit]):g}): "
-        f"{in_gib(budget.node.available)} are available now, vLLM reserves {in_gib(budget.reservation)}, and its "
-        f"processes take about {in_gib(budget.outside)}. Type: {advice}"
-    )
-    return Finding("memory-floor" if low else "memory-low", text, refuses=low)
-
-
-def _context(budget: Budget, settings: ModelSettings) -> Finding | None:
-    """The longest sequence must fit into the cache. vLLM checks this only after minutes of loading."""
-    layout, length = budget.layout, budget.demand.length
-    if not layout or (largest := layout.largest(budget.cache)) >= length:
-        return None
-    least = layout.least(length)
-    fits = f"{settings.launch_line} --max-len {largest}" if largest else "none, whatever the --max-len"
-    text = (
-        f"{length:,} tokens need {least / GIB:.2f} GiB of KV cache, and GPU_MEM_UTIL {budget.demand.utilization:g} "
-        f"leaves {budget.cache / GIB:.2f} on {budget.node.name}. The largest that fits: {fits}. "
-        f"{_more_cache(budget, least, settings)}"
-    )
-    return Finding("memory-context", text)
-
-
-def _sequences(budget: Budget, settings: ModelSettings) -> Finding | None:
-    """Each decoded sequence needs a block for its state if decoding is captured in CUDA graphs.
-
-    vLLM 0.20 to 0.32 check this after the load: "exceeds available Mamba cache blocks" in config/compilation.py.
+    The article's nodes hung when they had too little, and lost their power. vLLM itself checks only the cache, after
+    minutes of loading. (For sequences: "exceeds available Mamba cache blocks" in config/compilation.py, 0.20 to 0.32.)
     """
-    layout = budget.layout
-    if not layout or not layout.states or budget.demand.eager:
-        return None
-    blocks = max(budget.cache, 0) // layout.block_bytes
-    if blocks >= budget.sequences:
-        return None
-    default = " (MAX_NUM_SEQS is empty: this is vLLM's default for 70 GiB or more; a GB10 may get 256)"
-    text = (
-        f"vLLM would refuse {budget.sequences} sequences{'' if budget.demand.sequences else default} after loading: "
-        f"{budget.node.name} has {blocks} cache blocks, and each sequence needs one. "
-        f"Type: MAX_NUM_SEQS={blocks} {settings.launch_line}. "
-        f"{_more_cache(budget, budget.sequences * layout.block_bytes, settings)}"
+    node, demand, layout = budget.node, budget.demand, budget.layout
+    if not node.total or node.available is None:
+        text = f"{node.name} did not tell its MemTotal and MemAvailable. Type there: free -g"
+        return [Finding("memory-unknown", text)]
+    found = []
+    for rule, limit in (("memory-floor", "MEM_FLOOR_GIB"), ("memory-low", "MEM_WARN_GIB")):
+        if budget.left < float(settings[limit]) * GIB:
+            text = f"{node.name} would keep {budget.left / GIB:.2f} GiB, less than {limit} ({settings[limit]}). "
+            found.append(Finding(rule, text + _proposal(budget, settings, max), refuses=rule == "memory-floor"))
+            break
+    if layout and (largest := layout.largest(budget.cache)) < demand.length:
+        fits = f"{settings.launch_line} --max-len {largest}" if largest else "none, whatever the --max-len"
+        text = (
+            f"{demand.length:,} tokens need {layout.least(demand.length) / GIB:.2f} GiB of KV cache, and GPU_MEM_UTIL "
+            f"{demand.utilization:g} leaves {budget.cache / GIB:.2f} on {node.name}. The largest that fits: {fits}. "
+        )
+        found.append(Finding("memory-context", text + _proposal(budget, settings, min)))
+    elif layout and budget.blocks < budget.sequences:
+        default = "" if demand.sequences else " (vLLM's default for 70 GiB or more; a GB10 may get 256)"
+        text = (
+            f"vLLM would refuse MAX_NUM_SEQS {budget.sequences}{default} after loading: each sequence needs a cache "
+            f"block, and {node.name} has {budget.blocks}. Type: MAX_NUM_SEQS={budget.blocks} {settings.launch_line}. "
+        )
+        found.append(Finding("memory-sequences", text + _proposal(budget, settings, min)))
+    return found
+
+
+def _proposal(budget: Budget, settings: ModelSettings, choose: Callable[[list[float]], float]) -> str:
+    """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and spares the host."""
+    most, keep = (float(settings[name]) for name in ("GPU_MEM_UTIL_MAX", "MEM_WARN_GIB"))
+    lowest, highest = budget.reservation - budget.cache + budget.needed, budget.reservation + budget.left - keep * GIB
+    shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]
+    if fitting := [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]:
+        return f"Type: GPU_MEM_UTIL={choose(fitting):.2f} {settings.launch_line}"
+    return (
+        f"No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g}) holds the cache and leaves the host {keep:g} GiB. "
+        f"To see what else runs on {budget.node.name}, type there: free -g"
     )
-    return Finding("memory-sequences", text)
-
-
-def _more_cache(budget: Budget, cache: int, settings: ModelSettings) -> str:
-    """Return the GPU_MEM_UTIL that leaves so much cache, or the reason why none does."""
-    share = least_utilization(budget, cache)
-    if share > float(settings["GPU_MEM_UTIL_MAX"]):
-        return f"No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({float(settings['GPU_MEM_UTIL_MAX']):g}) would do."
-    left = (budget.node.available or 0) - ceil((budget.node.total or 0) * share) - budget.outside
-    if left < float(settings["MEM_FLOOR_GIB"]) * GIB:
-        return f"{_util(share)} would do, but leave the host {in_gib(left)} GiB."
-    return f"Or type: {_util(share)} {settings.launch_line}"
-
-
-def least_utilization(budget: Budget, cache: int) -> float:
-    """Return the lowest GPU_MEM_UTIL, in hundredths, that leaves so many bytes of cache. Above 1 none does."""
-    total = budget.node.total or 1
-    hundredths = max(1, (budget.fixed + cache) * 100 // total - 1)
-    while ceil(total * (hundredths / 100)) - budget.fixed < cache:
-        hundredths += 1
-    return hundredths / 100
-
-
-def _highest_share(budget: Budget, keep: float) -> float | None:
-    """Return the highest GPU_MEM_UTIL that leaves the host so many bytes, None if the cache would be too small."""
-    total, layout = budget.node.total or 1, budget.layout
-    share = int(min((budget.node.available or 0) - budget.outside - keep, total) * 100 // total) / 100
-    cache = layout.least(budget.demand.length) if layout else 0
-    if layout and layout.states and not budget.demand.eager:
-        cache = max(cache, budget.sequences * layout.block_bytes)
-    return share if share >= least_utilization(budget, cache) else None
-
-
-def _util(share: float) -> str:
-    return f"GPU_MEM_UTIL={share:.2f}"

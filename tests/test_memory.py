@@ -1,5 +1,6 @@
 """The memory of a model: the numbers are those that a real vLLM printed, and every proposal of a refusal is exact."""
 
+import re
 import shlex
 from dataclasses import replace
 
@@ -7,16 +8,7 @@ import pytest
 
 from cluster.finding import GIB, CannotKnow
 from cluster.kv_cache import Demand, cache_layout, read_demand, state_bytes
-from cluster.memory import (
-    SPARK,
-    NodeMemory,
-    budget_rows,
-    least_utilization,
-    memory_budgets,
-    memory_findings,
-    node_budget,
-    read_model,
-)
+from cluster.memory import SPARK, NodeMemory, budget_rows, memory_budgets, memory_findings, node_budget, read_model
 from cluster.models import find_model
 from cluster.repository import ROOT
 from cluster.settings import load_settings
@@ -195,33 +187,32 @@ def test_mtp_on_an_h100_is_refused_before_the_load():
 @pytest.mark.parametrize(
     "asked", [ARTICLE, MTP, replace(ARTICLE, tp=1), replace(ARTICLE, prefix=True, vllm=(0, 32, 0))]
 )
-@pytest.mark.parametrize("share", [0.35, 0.4, 0.62, 0.7])
-def test_the_largest_length_fits_and_one_token_more_does_not(asked, share):
+def test_the_largest_length_fits_and_one_token_more_does_not(asked):
     """The length in a refusal is the largest that fits, and the utilization is the lowest that is enough."""
-    asked = replace(asked, utilization=share, sequences=1)
-    largest = budget(asked).layout.largest(budget(asked).cache)
-    if not largest:
-        assert "MEMORY-CONTEXT" in rules(replace(asked, length=1))
-        return
-    assert rules(replace(asked, length=largest)) == []
-    longer = replace(asked, length=largest + 1)
-    (finding,) = findings(longer)
-    assert finding.rule == "memory-context" and f"--max-len {largest}." in finding.text
-    least = least_utilization(budget(longer), budget(longer).layout.least(largest + 1))
-    for share, fits in ((least, True), (round(least - 0.01, 2), False)):
-        found = budget(replace(longer, utilization=share))
-        assert (found.layout.largest(found.cache) > largest) == fits
+    for share in (0.35, 0.4, 0.62, 0.7):
+        tried = replace(asked, utilization=share, sequences=1)
+        if largest := budget(tried).layout.largest(budget(tried).cache):
+            assert rules(replace(tried, length=largest)) == []
+        longer = replace(tried, length=largest + 1)
+        (finding,) = findings(longer)
+        assert finding.rule == "memory-context" and (f"--max-len {largest}." in finding.text) == bool(largest)
+        least = float(re.search(r"GPU_MEM_UTIL=(\S+) inv launch", finding.text)[1])
+        assert rules(replace(longer, utilization=least)) == []
+        assert "MEMORY-CONTEXT" in rules(replace(longer, utilization=round(least - 0.01, 2)))
 
 
-def test_a_context_that_no_utilization_holds():
-    """No utilization above GPU_MEM_UTIL_MAX is proposed."""
+def test_no_utilization_is_proposed_that_does_harm():
+    """A proposal stays below GPU_MEM_UTIL_MAX, leaves the host enough, and holds the context."""
     (finding,) = findings(replace(ARTICLE, length=10**9))
-    assert "No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX (0.85) would do." in finding.text
+    assert "No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX (0.85) holds" in finding.text and "free -g" in finding.text
     most = {"GPU_MEM_UTIL": "0.5", "GPU_MEM_UTIL_MAX": "0.6"}
     (finding,) = findings(replace(ARTICLE, utilization=0.35, length=24_000_000), **most)
-    assert "up to GPU_MEM_UTIL_MAX (0.6) would do." in finding.text
-    (finding,) = findings(replace(ARTICLE, tp=1, utilization=0.5))
-    assert "The largest that fits: none" in finding.text
+    assert "No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX (0.6) holds" in finding.text
+    tight = NodeMemory("tight", 100 * GIB, 64 * GIB)
+    found = findings(replace(ARTICLE, length=12_000_000, utilization=0.5, sequences=1), tight)
+    assert found and not any("GPU_MEM_UTIL=" in one.text for one in found)
+    (finding,) = findings(replace(ARTICLE, length=10_000_000), replace(SPARK, available=int(60 * GIB)))
+    assert finding.rule == "memory-floor" and "GPU_MEM_UTIL=" not in finding.text
 
 
 @pytest.mark.parametrize(
@@ -247,17 +238,6 @@ def test_the_utilization_that_spares_the_host():
     assert "GPU_MEM_UTIL=0.70 inv launch" in finding.text
     assert rules(replace(ARTICLE, utilization=0.70), node) == []
     assert rules(replace(ARTICLE, utilization=0.71), node) == ["memory-low"]
-
-
-def test_no_utilization_that_would_harm():
-    """A proposal that leaves less than the floor says so, and none is made that holds no context."""
-    node = NodeMemory("tight", 100 * GIB, 64 * GIB)
-    found = findings(replace(ARTICLE, length=12_000_000, utilization=0.5, sequences=1), node)
-    texts = {finding.rule: finding.text for finding in found}
-    assert "GPU_MEM_UTIL=0.63 would do, but leave the host -7.0 GiB." in texts["memory-context"]
-    full = replace(SPARK, available=int(60 * GIB))
-    (finding,) = findings(replace(ARTICLE, length=10_000_000), full)
-    assert finding.rule == "memory-floor" and "GPU_MEM_UTIL" not in finding.text and "free -g" in finding.text
 
 
 @pytest.mark.parametrize("sizes", [(None, 1), (1, None), (None, None), (0, 0)])
@@ -299,13 +279,11 @@ def test_a_line_is_read_as_vllm_reads_it():
     "extra",
     [
         "--max-model-len auto",
-        "--max-model-len -1",
         "--max-model-len",
         "--tensor-parallel-size 0",
         "--kv-cache-dtype nvfp4",
         "--mamba-ssm-cache-dtype int8",
         "--gpu-memory-utilization nan",
-        "--gpu-memory-utilization 0,75",
         "--gpu-memory-utilization 1.5",
         "--kv-cache-memory-bytes 8G",
         "--block-size 32",
