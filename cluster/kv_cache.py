@@ -251,7 +251,7 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     layers = shape.layers + (shape.mtp if demand.drafts else ())
     attention, states = layers.count(ATTENTION), layers.count(STATE)
     if not attention or shape.heads % demand.tp or (shape.kv_heads % demand.tp and demand.tp % shape.kv_heads):
-        parts = f"{attention} attention layers of {shape.heads} heads, {shape.kv_heads} of them for keys and values"
+        parts = f"{attention} attention layers of {shape.heads} heads and {shape.kv_heads} heads for keys and values"
         raise CannotKnow(f"--tensor-parallel-size {demand.tp} cannot divide {parts}.")
     # Every rank has one head for keys and values at least.
     each = shape.element if demand.cache_dtype == "auto" else CACHE_BYTES[demand.cache_dtype]

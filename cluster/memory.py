@@ -213,7 +213,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     """
     node, demand, layout = budget.node, budget.demand, budget.layout
     if not node.total or node.available is None:
-        text = f"{node.name} did not tell its MemTotal and MemAvailable. Type there: free -g"
+        text = f"MemTotal or MemAvailable of {node.name} is unknown, so the model may not fit. Type there: free -g"
         return [Finding("memory-unknown", text)]
     found = []
     for rule, limit in (("memory-floor", "MEM_FLOOR_GIB"), ("memory-low", "MEM_WARN_GIB")):
