@@ -1,4 +1,4 @@
-"""Cleanup: what earlier runs have left on this node. A person decides whether they were finished."""
+"""Cleanup: the containers that earlier runs have left on this node. A person decides whether those runs are over."""
 
 import sys
 
@@ -12,10 +12,7 @@ from cluster.settings import Settings
 
 
 def clean_up(settings: Settings, yes: bool) -> None:
-    """Show what is left, ask, and remove the containers. Raises Exit if there is no terminal to ask at.
-
-    yes: remove without asking.
-    """
+    """Show what is left, ask unless `yes`, and remove the containers. Raises Exit if there is no terminal to ask at."""
     found = engine.our_containers()
     for container in found:
         age, image = engine.container_age(container), engine.container_image(container)

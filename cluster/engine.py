@@ -1,6 +1,6 @@
 """This node's Docker Engine. The SDK only asks; whatever changes something is a docker command line.
 
-Functions here raise Exit with what to type if the Engine cannot be reached or answers with an error.
+Every function that asks raises Exit with what to type if the Engine cannot be reached or answers with an error.
 """
 
 from __future__ import annotations
@@ -55,40 +55,35 @@ def client() -> DockerClient:
 
 
 def our_containers() -> list[Container]:
-    """Return the containers of this project and of the article, running or not."""
+    """The containers of this project and of the article, running or not."""
     with _or_exit("Docker could not list its containers"):
         found = client().containers.list(all=True, ignore_removed=True)
     return [one for one in found if one.name == CONTAINER or ARTICLE_CONTAINER.fullmatch(one.name)]
 
 
 def node_container() -> Container | None:
-    """Return this node's container, running or not."""
+    """This node's container, running or not."""
     return next((one for one in our_containers() if one.name == CONTAINER), None)
 
 
-def has_image(name: str) -> bool:
+def image_labels(name: str) -> dict[str, str] | None:
+    """The labels of an image. None if Docker does not have the image."""
     from docker.errors import ImageNotFound
 
-    with _or_exit(f"Docker could not say whether it has {name}"):
+    with _or_exit(f"Docker could not look for {name}"):
         try:
-            client().images.get(name)
+            return client().images.get(name).labels
         except ImageNotFound:
-            return False
-    return True
-
-
-def image_labels(name: str) -> dict[str, str]:
-    with _or_exit(f"Docker could not read the labels of {name}"):
-        return client().images.get(name).labels
+            return None
 
 
 def container_environment(container: Container) -> dict[str, str]:
-    """Return the variables that the container started with."""
+    """The variables that the container started with."""
     return dict(item.partition("=")[::2] for item in container.attrs["Config"]["Env"] or ())
 
 
 def container_image(container: Container) -> str:
-    """Return the image's name as it was when the container started."""
+    """The image's name as it was when the container started."""
     return container.attrs["Config"]["Image"]
 
 
@@ -104,18 +99,10 @@ def age_in_words(seconds: float) -> str:
 
 def ask_container(container: Container, *words: str) -> str:
     """Run a command in the container and return its standard output. Raises Exit with its last lines if it fails."""
-    status, out, err = _execute(container, words)
+    with _or_exit(f"Docker could not run {words[0]} in {container.name}"):
+        status, outputs = container.exec_run(list(words), demux=True)
+    out, err = [(output or b"").decode(errors="replace") for output in outputs]
     if status != 0:
-        tail = " / ".join((err + out).strip().splitlines()[-3:]) or "it said nothing"
+        tail = " / ".join((err + out).strip().splitlines()[-3:]) or "no output"
         raise Exit(f"{words[0]} in {container.name} failed ({status}): {tail}")
     return out
-
-
-def succeeds_in_container(container: Container, *words: str) -> bool:
-    return _execute(container, words)[0] == 0
-
-
-def _execute(container: Container, words: tuple[str, ...]) -> tuple[int, str, str]:
-    with _or_exit(f"Docker could not run {words[0]} in {container.name}"):
-        status, (out, err) = container.exec_run(list(words), demux=True)
-    return status, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")

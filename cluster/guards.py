@@ -28,36 +28,33 @@ if TYPE_CHECKING:
 
 
 def before_head(settings: Settings, net: Network) -> None:
-    """Refuse a head that is not at HEAD_NODE_IP, or whose Docker, image, container name or port is not ready."""
+    """Refuse a head that is not at HEAD_NODE_IP, or whose image, container name or port is not ready."""
     address = settings["HEAD_NODE_IP"]
     if not is_own_address(address):
         raise Exit(
             f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host. "
-            f"On the other node type: inv worker{_model_flag(settings)}; or set HEAD_NODE_IP in .env on every node."
+            f"Set it in .env on every node; on a node that is not the head, type: inv worker{_model_flag(settings)}"
         )
     if net.address != address:
-        source = "VLLM_HOST_IP" if "VLLM_HOST_IP" in settings else settings["PRIMARY_IF"]
-        raise Exit(
-            f"HEAD_NODE_IP is {address}, but this node's own address is {net.address} ({source}). Set one of the two "
-            "in .env."
-        )
+        source = "VLLM_HOST_IP" if "VLLM_HOST_IP" in settings else "PRIMARY_IF"
+        raise Exit(f"HEAD_NODE_IP is {address}, but {source} gives {net.address}. Set one of the two in .env.")
     _check_docker(settings)
     if obstacle := port_obstacle("0.0.0.0", RAY_PORT):
         raise Exit(f"Ray cannot listen: {obstacle}. To see what is left: inv cleanup")
 
 
 def before_worker(settings: Settings, net: Network) -> None:
-    """Refuse a worker on the head's host, or whose Docker, image or container name is not ready; wait for the head."""
+    """Refuse a worker on the head's host, or whose image or container name is not ready. Wait for the head."""
     address = settings["HEAD_NODE_IP"]
     if is_own_address(address):
         raise Exit(
-            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is this host. A worker here would "
-            f"put both ranks on one Spark. Type inv head{_model_flag(settings)} here, and inv worker on the other node."
+            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is this host, and both ranks would "
+            f"share one Spark. Type inv head{_model_flag(settings)} here, and inv worker on the other node."
         )
     if not is_own_address(net.address):
         raise Exit(
             f"VLLM_HOST_IP ({settings.origin('VLLM_HOST_IP')}) is {net.address}, which is no address of this host. "
-            "Without VLLM_HOST_IP the address of PRIMARY_IF is used."
+            "Remove it from there: then this node has the address of PRIMARY_IF."
         )
     _check_docker(settings)
     _wait_for_head(address, int(settings["WAIT_HEAD_S"]))
@@ -68,16 +65,15 @@ def _check_docker(settings: Settings) -> None:
     if left is not None:
         age = engine.container_age(left)
         raise Exit(f"A {CONTAINER} is here already ({left.status}, {age} old). Type: inv cleanup")
-    if not engine.has_image(image):
+    labels = engine.image_labels(image)
+    if labels is None:
         raise Exit(f"Docker has no image {image} ({settings.origin('VLLM_IMAGE')}). Type: inv build-image")
-    token = token_file(settings)
+    token, ray_version = token_file(settings), labels.get("ray.version", "unknown")
     if token is None:
-        return say(
-            f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT} of this node, on every "
-            "interface. To close it: inv token"
+        say(
+            f"Warning: without a token Ray runs code for anyone who reaches its port {RAY_PORT}. To close it: inv token"
         )
-    ray_version = engine.image_labels(image).get("ray.version", "unknown")
-    if knows_no_tokens(ray_version):
+    elif knows_no_tokens(ray_version):
         raise Exit(
             f"There is a token ({token}), but the Ray of {image} is {ray_version}, and tokens came with 2.52. "
             "Type: inv build-image; or serve without a token: RAY_AUTH_TOKEN_PATH=/none"
@@ -91,8 +87,8 @@ def _wait_for_head(address: str, seconds: int) -> None:
     while not port_answers(address, RAY_PORT):
         if time.monotonic() > deadline:
             raise Exit(
-                f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there. If the "
-                "head runs, check the cable and HEAD_NODE_IP."
+                f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there; if it "
+                "runs, check the cable and HEAD_NODE_IP."
             )
         time.sleep(0.3)
 
@@ -125,7 +121,7 @@ def required_secrets(settings: ModelSettings) -> None:
 
 
 def ray_answers(settings: Settings) -> None:
-    """Refuse if Ray's port does not answer. Without this, a question to Ray itself would wait for minutes."""
+    """Refuse if Ray's port does not answer. A question to Ray itself would then wait for minutes."""
     address = settings["HEAD_NODE_IP"]
     if not port_answers(address, RAY_PORT):
         raise Exit(f"Ray does not answer at {address}:{RAY_PORT}. Look at the terminal of inv head; then: inv cleanup")
@@ -137,7 +133,6 @@ def nothing_serves(head: Container) -> None:
 
 
 def is_serving(head: Container) -> bool:
-    """Whether the server that `launch` started in this container still runs."""
     return server.server_runs(head)
 
 
@@ -152,8 +147,7 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
         raise Exit(
             f"The head's container did not start with what {settings.model.name} needs:\n"
             + "\n".join(wrong)
-            + "\nThe containers must start with these variables, on every node: `docker exec` cannot give them to the "
-            "processes that Ray starts on a worker.\nEnd inv head and inv worker (Ctrl-C, or inv down), then type:\n"
+            + "\nOnly new containers get these variables, on every node. Type: inv down; then:\n"
             f"  inv head{_model_flag(settings)}     # here\n  inv worker{_model_flag(settings)}   # on every other node"
         )
 
@@ -162,7 +156,7 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
 
 
 def running_node(next_step: str) -> Container:
-    """Return the node's container if it runs. Otherwise raise Exit with the next step."""
+    """Return the node's container if it runs. next_step: the end of the message if it does not."""
     found = engine.node_container()
     if found is None:
         raise Exit(f"No {CONTAINER} runs on this node. {next_step}")
@@ -172,7 +166,7 @@ def running_node(next_step: str) -> Container:
 
 
 def the_head(settings: Settings) -> Container:
-    """Return the running container of the head. Raises Exit on a worker, or if no such container runs."""
+    """Return the running container of the head. Refuse on a worker, and if no such container runs."""
     found = running_node(f"Type: inv head{_model_flag(settings)}")
     is_head(found)
     if server.is_earlier(found):
@@ -184,7 +178,7 @@ def the_head(settings: Settings) -> Container:
 
 
 def is_head(found: Container) -> None:
-    """Raise Exit with the head's address if this node is a worker."""
+    """Refuse on a worker, with the head's address."""
     own, head = engine.container_environment(found).get("VLLM_HOST_IP"), head_of(found)
     if own != head:
         raise Exit(f"This node is a worker ({own}). Type it on the head, {head}.")
@@ -204,9 +198,9 @@ def _model_flag(settings: Settings) -> str:
 # --- Ports ------------------------------------------------------------------------------------------------------------
 
 
-def port_answers(address: str, port: int, seconds: float = 2) -> bool:
-    """Whether a connection to the port is accepted within this time."""
-    with suppress(OSError), socket.create_connection((address, port), seconds):
+def port_answers(address: str, port: int) -> bool:
+    """Whether a connection to the port is accepted within two seconds."""
+    with suppress(OSError), socket.create_connection((address, port), timeout=2):
         return True
     return False
 
@@ -216,9 +210,9 @@ def is_own_address(address: str) -> bool:
 
 
 def port_obstacle(address: str, port: int) -> str:
-    """Return why no server can listen there now, or nothing. Connections that are just ending do not count."""
+    """Return why no server can listen there now; nothing if one can."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that is just ending is no obstacle
         try:
             trial.bind((address, port))
         except OSError as error:
@@ -229,10 +223,9 @@ def port_obstacle(address: str, port: int) -> str:
 
 def port_holder(port: int) -> str:
     """Name the processes that listen on the port. Only root may see the processes of other users."""
-    try:
+    listening = ""
+    with suppress(Exit):  # a host may lack ss
         listening = run(Command((("ss", "-Hltnp", f"sport = :{port}"),)), capture=True, seconds=20)
-    except Exit as error:
-        return f"an unknown process ({error.message})"
-    if processes := re.findall(r'"([^"]+)",pid=(\d+)', listening):
-        return ", ".join(f"{name} (process {pid})" for name, pid in dict.fromkeys(processes))
-    return f"a process of another user (sudo ss -ltnp 'sport = :{port}' names it)" if listening else "nobody"
+    processes = dict.fromkeys(re.findall(r'"([^"]+)",pid=(\d+)', listening))
+    named = ", ".join(f"{name} (process {pid})" for name, pid in processes)
+    return named or f"a process of another user (sudo ss -ltnp 'sport = :{port}' names it)"

@@ -14,15 +14,12 @@ DIGEST = "{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}{{.Id}}{{end}}"
 
 
 def build_command(settings: Settings) -> Command:
-    """Return the command that builds cluster/Dockerfile.
-
-    Raises Exit if the image of another base would get the name that every node uses.
-    """
+    """Build cluster/Dockerfile. Raises Exit if the image of another base would get the name that every node uses."""
     base = settings["BASE_IMAGE"]
     if base != DEFAULT_BASE_IMAGE and "TAG" not in settings:
         raise Exit(
-            f"BASE_IMAGE ({settings.origin('BASE_IMAGE')}) is {base}. The image of another base needs a name of its "
-            f"own, or it would replace {settings['VLLM_IMAGE']}. Add --tag local/vllm-ray:NAME, and set VLLM_IMAGE."
+            f"BASE_IMAGE ({settings.origin('BASE_IMAGE')}) is {base}, and the image made of it would replace "
+            f"{settings['VLLM_IMAGE']}. Give it a name: --tag local/vllm-ray:NAME; and set VLLM_IMAGE to that name."
         )
     asks = {
         "VLLM_VERSION": render("image_python.j2", image=base, script=VLLM_VERSION),

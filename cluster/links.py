@@ -22,16 +22,13 @@ class Link:
 
     @property
     def port(self) -> str:
-        """The socket that the cable goes into.
-
-        A Spark has two, and shows each as two PCIe functions: enp1s0f0np0 and enP2p1s0f0np0 are both halves of f0.
-        """
+        """The socket of the cable. A Spark shows each as two PCIe functions: enp1s0f0np0 and enP2p1s0f0np0 are f0."""
         match = re.search(r"f(\d+)(?:np\d+)?$", self.netdev)
         return f"f{match[1]}" if match else self.netdev
 
 
 def find_links(sysfs: str) -> list[Link]:
-    """Return all links, sorted by interface. A machine without RoCE devices has none."""
+    """Return all links, sorted by interface."""
     found = Path(sysfs).glob("class/infiniband/*/device/net/*")
     pairs = [(path.parts[-4], path.name) for path in found]
     pairs.sort(key=lambda pair: pair[1].swapcase())  # enp1... before enP2p1..., the usual order
@@ -39,7 +36,7 @@ def find_links(sysfs: str) -> list[Link]:
 
 
 def ipv4_address(netdev: str) -> str | None:
-    """Return the interface's first IPv4 address in this network namespace."""
+    """The interface's first IPv4 address in this network namespace, if there is one."""
     request = struct.pack("256s", netdev.encode()[:15])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         try:
@@ -49,7 +46,7 @@ def ipv4_address(netdev: str) -> str | None:
 
 
 def link_remarks(found: Sequence[Link]) -> list[str]:
-    """Sentences for the operator about ports that are down, wholly or by half."""
+    """Sentences for the operator about ports that are down, both halves or one."""
     if not any(link.up for link in found):
         return []
     remarks = []
@@ -60,8 +57,8 @@ def link_remarks(found: Sequence[Link]) -> list[str]:
             remarks.append(f"Note: port {port} is down ({', '.join(down)}); one cable is normal.")
         elif down:
             remarks.append(
-                f"Warning: {', '.join(down)} is down, but the other half of port {port} is up: this cable carries half "
-                "of its rate. A cold boot (power off, wait, power on) has brought such halves back."
+                f"Warning: {', '.join(down)} is down, but the other half of port {port} is up, so this cable carries "
+                "half its rate. A cold boot (power off, wait, power on) has brought such halves back."
             )
     return remarks
 

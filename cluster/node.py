@@ -1,7 +1,7 @@
 """One node of the cluster: the container in which Ray runs.
 
 Head and worker start the same container. The words from `docker run` to the image are the same on every node, byte for
-byte. Two things differ: the `ray start` words behind the image, and the values of variables that are passed by name.
+byte. Two things differ: the `ray start` words behind the image, and the values of the variables that go by name.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from invoke import Exit
@@ -41,7 +42,7 @@ RAY_RUNS = "Ray runtime started"
 
 @dataclass(frozen=True)
 class Network:
-    """What a node needs to know about itself: its address, its RoCE devices, and the interfaces for TCP."""
+    """A node's own address, its RoCE devices, and its interfaces for TCP."""
 
     address: str
     devices: Sequence[str]
@@ -49,7 +50,7 @@ class Network:
 
 
 def find_network(settings: Settings) -> Network:
-    """Choose this node's network from its links, and tell the operator about both."""
+    """Choose this node's network from its links, and tell the operator what is unusual."""
     found = links.find_links(settings["SYSFS"])
     net = network(settings, found)
     say(*links.link_remarks(found))
@@ -61,8 +62,7 @@ def find_network(settings: Settings) -> Network:
 def network(settings: Settings, found: Sequence[Link], address: str | None = None) -> Network:
     """Choose devices and interfaces: those that the settings name, otherwise those whose link is up.
 
-    Raises Exit if no link is up and the model needs a second node, because NCCL would silently use TCP. An operator who
-    wants TCP sets RDMA_HCAS to nothing.
+    Raises Exit if no link is up and the model needs a second node, because NCCL would silently use TCP.
     """
     up = [link for link in found if link.up]
     devices = _named(settings, "RDMA_HCAS", otherwise=[link.hca for link in up])
@@ -72,7 +72,7 @@ def network(settings: Settings, found: Sequence[Link], address: str | None = Non
         seen = ", ".join(f"{link.hca} ({link.netdev})" for link in found) or "no RoCE device at all"
         raise Exit(
             f"No data-plane link is up: found {seen}. Check the cable; after a warm reboot a port may stay down until "
-            "a cold boot (power off, wait, power on). RDMA_HCAS= (set, but empty) goes on over TCP on purpose."
+            "a cold boot (power off, wait, power on). To use TCP on purpose, set RDMA_HCAS= (empty)."
         )
     address = address or settings.get("VLLM_HOST_IP") or links.ipv4_address(settings["PRIMARY_IF"])
     if address is None:
@@ -153,21 +153,12 @@ def fingerprint(wrapper: Lines, mounted: Mapping[str, str]) -> tuple[str, str]:
 # --- The commands of a node -------------------------------------------------------------------------------------------
 
 
-def head_commands(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
-    return _commands("head", settings, net, detached)
-
-
-def worker_commands(settings: Settings, net: Network, detached: bool = False) -> list[Command]:
-    return _commands("worker", settings, net, detached)
-
-
-def _commands(role: str, settings: Settings, net: Network, detached: bool) -> list[Command]:
+def _commands(role: str, settings: Settings, net: Network, detached: bool = False) -> list[Command]:
     """Make the cache folders, then start the container. A detached node writes its output to a log."""
     where = f"{role}, {net.address}"
     folders = mounts(settings)
-    token = token_file(settings)
     mounted = folders | {f"{INSIDE}:ro": str(ROOT / "cluster/inside")}
-    if token:
+    if token := token_file(settings):
         mounted[f"{INSIDE_TOKEN}:ro"] = str(token)
     env = node_environment(settings, net)
     wrapper = render(
@@ -188,6 +179,10 @@ def _commands(role: str, settings: Settings, net: Network, detached: bool) -> li
     return [Command(make_folders, where), start]
 
 
+head_commands = partial(_commands, "head")
+worker_commands = partial(_commands, "worker")
+
+
 def removal_command(names: Sequence[str] = (CONTAINER,)) -> Command:
     return Command(render("docker_remove.j2", names=names), "this node")
 
@@ -196,10 +191,9 @@ def removal_command(names: Sequence[str] = (CONTAINER,)) -> Command:
 
 
 def bring_node_up(commands: Sequence[Command], guard: Callable[[], None]) -> str | None:
-    """Run the commands of a head or a worker. Returns the id of a detached container that this call has started.
+    """Run the commands of a head or a worker, after the guard. A node that is not detached replaces this process.
 
-    Returns None if a detached node runs already, started in the same way. guard: called before anything is started;
-    raises Exit if this node is not ready. A node that is not detached replaces this process.
+    Returns the id of a detached container that this call has started; None if the node runs already.
     """
     *before, container = commands
     if container.log and runs_already(container):
@@ -214,15 +208,12 @@ def bring_node_up(commands: Sequence[Command], guard: Callable[[], None]) -> str
 
 
 def runs_already(container: Command) -> bool:
-    """Whether this node runs, started with the same variables. Raises Exit if one of them differs.
-
-    The repository may have changed since: `check` says so, and a node that serves is left alone.
-    """
+    """Whether this node runs, started with the same variables. Raises Exit if one of them differs."""
     running = engine.node_container()
     if running is None or running.status != "running":
         return False
     wanted = {**container.env, **answers(container)}
-    wanted.pop("NODE_RAY_REPOSITORY", None)
+    wanted.pop("NODE_RAY_REPOSITORY", None)  # an update of the repository is a finding of `check`, and ends no node
     env = engine.container_environment(running)
     if differing := [name for name, value in wanted.items() if env.get(name) != value]:
         names = " and ".join(differing)
@@ -234,8 +225,7 @@ def runs_already(container: Command) -> bool:
 def start_detached(container: Command) -> str:
     """Start the node in a session of its own, wait until Ray runs in it, and return the container's id.
 
-    Raises Exit with the log's last lines if the node ends, or takes longer than START_S. Then no container is left; nor
-    is one after a Ctrl-C.
+    Raises Exit with the log's last lines if Ray does not run within START_S. No container stays then, nor after Ctrl-C.
     """
     assert container.log, "only a detached node has a log"
     child, begun = detach(container)
@@ -270,18 +260,12 @@ def _wait_for_ray(child: Child, log: Path, begun: int) -> None:
 
 
 def _end_start(child: Child) -> None:
-    """Stop a start that failed.
-
-    `docker run` passes SIGTERM to the container. If it hangs, or the container was created but not started, the
-    container is removed.
-    """
+    """End a start that failed. `docker run` passes SIGTERM on; a container that stays all the same is removed."""
     child.terminate()
     with suppress(TooLate):
         child.wait(END_S)
-    try:
-        left = engine.node_container()
-        if left and (child.poll() is None or left.status == "created"):
-            child.kill()
-            run(removal_command(), whole=True)
-    except Exit as error:  # the caller's error says more
-        say(str(error.message))
+    left = engine.node_container()
+    # Docker keeps a container that was only created. One that runs without this child belongs to another start.
+    if left and (child.poll() is None or left.status == "created"):
+        child.kill()
+        run(removal_command(), whole=True)

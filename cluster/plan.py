@@ -1,4 +1,4 @@
-"""The plan: what head, worker and launch would run on every node. It can be made on any machine."""
+"""The plan: what head, worker and launch would run on every node. Any machine can make it."""
 
 import re
 

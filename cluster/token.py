@@ -1,6 +1,7 @@
 """Ray's token. Without a token Ray runs code for anyone who reaches its port."""
 
 import os
+import re
 import secrets
 import shlex
 from pathlib import Path
@@ -11,12 +12,12 @@ from cluster.command import say
 from cluster.settings import Settings
 
 INSIDE_TOKEN = "/run/ray_auth_token"
-# The first Ray with token authentication, by its documentation. It was run here on 2.60.
+# The first Ray with tokens, by its documentation. They were tried with 2.60.
 FIRST_RAY = (2, 52)
 
 
 def token_file(settings: Settings) -> Path | None:
-    """Return the token's file on this host, if there is one."""
+    """The token's file on this host, if there is one."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
     return path if path.is_file() else None
 
@@ -39,6 +40,6 @@ def make_token(settings: Settings) -> None:
 
 
 def knows_no_tokens(ray_version: str) -> bool:
-    """Whether a Ray of this version ignores tokens. A text that is no version counts as one that does."""
-    numbers = ray_version.split(".")[:2]
-    return not all(number.isdigit() for number in numbers) or tuple(map(int, numbers)) < FIRST_RAY
+    """Whether a Ray of this version ignores tokens. An unknown version is taken for one that does."""
+    numbers = re.match(r"(\d+)\.(\d+)", ray_version)
+    return numbers is None or tuple(map(int, numbers.groups())) < FIRST_RAY

@@ -44,10 +44,10 @@ class Container:
 
 @pytest.fixture
 def docker(operator):
-    """This node's Engine. A test sets its containers, and whether it has the image."""
-    found = SimpleNamespace(containers=[], images=True)
+    """This node's Engine. A test sets its containers, and the labels of its image."""
+    found = SimpleNamespace(containers=[], labels={})
     operator.setattr(engine, "our_containers", lambda: found.containers)
-    operator.setattr(engine, "has_image", lambda name: found.images)
+    operator.setattr(engine, "image_labels", lambda name: found.labels)
     operator.setattr(server, "server_runs", lambda head: head.serving)
     return found
 
@@ -95,8 +95,10 @@ def test_a_worker_does_not_wait_for_a_head_for_ever(docker, ray_port, capfd):
     assert f"No head answers at {ELSEWHERE}:{ray_port} after 0 s (WAIT_HEAD_S)" in said and "inv head" in said
 
 
-@pytest.mark.parametrize(("guard", "address"), [(guards.before_head, HERE), (guards.before_worker, ELSEWHERE)])
-@pytest.mark.parametrize("status", ["running", "exited"])
+@pytest.mark.parametrize(
+    ("guard", "address", "status"),
+    [(guards.before_head, HERE, "running"), (guards.before_worker, ELSEWHERE, "exited")],
+)
 def test_a_container_that_is_left_is_not_removed(guard, address, status, docker):
     """A node-ray in any state is refused, and the message names inv cleanup."""
     docker.containers = [Container(status=status)]
@@ -106,11 +108,18 @@ def test_a_container_that_is_left_is_not_removed(guard, address, status, docker)
 
 def test_a_missing_image_is_named(docker):
     """A missing image is found before `docker run`, which would try to pull it."""
-    docker.images = False
-    assert "Docker has no image local/vllm-ray:26.05.post1" in (
-        said := _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
-    )
-    assert "inv build-image" in said
+    docker.labels = None
+    said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
+    assert "Docker has no image local/vllm-ray:26.05.post1 (default). Type: inv build-image" in said
+
+
+@pytest.mark.parametrize("version", ["2.51.1", "unknown"])
+def test_an_image_whose_ray_knows_no_tokens_is_refused(version, docker, tmp_path):
+    """A Ray before 2.52 would ignore the token, and the operator would believe that its port is closed."""
+    docker.labels = {"ray.version": version}
+    (tmp_path / "token").write_text("0a")
+    said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert f"is {version}, and tokens came with 2.52" in said and "inv build-image" in said
 
 
 def test_a_held_ray_port_is_named_with_its_holder(docker, ray_port):
@@ -126,17 +135,25 @@ def _launch(model="nemotron", **shell) -> str:
     return _refused(guards.before_launch, model=model, **(KEYS | shell))
 
 
-def test_launch_without_a_container(docker):
-    """Without a running container launch is refused, and the message says how to bring one up."""
-    assert "No node-ray runs on this node. Type: inv head --model nemotron" in _launch()
-    docker.containers = [Container(status="exited")]
-    assert "exited" in (said := _launch()) and "inv cleanup" in said
+EARLIER = Container(**NEMOTRON)
+EARLIER.attrs["Config"]["Env"].remove("NODE_RAY_REPOSITORY=0a")
 
 
-def test_launch_on_a_worker(docker):
-    """Launch is refused on a worker, with the head's address."""
-    docker.containers = [Container(VLLM_HOST_IP="10.0.0.2", MASTER_ADDR="10.0.0.1", **NEMOTRON)]
-    assert "This node is a worker (10.0.0.2). Type it on the head, 10.0.0.1." in _launch()
+@pytest.mark.parametrize(
+    ("container", "said"),
+    [
+        (None, "No node-ray runs on this node. Type: inv head --model nemotron"),
+        (Container(status="exited"), "node-ray is here but exited. Type: inv cleanup"),
+        (Container(VLLM_HOST_IP="10.0.0.2"), f"This node is a worker (10.0.0.2). Type it on the head, {HERE}."),
+        (EARLIER, "An earlier version of this repository started the containers. Type: inv down"),
+        (Container(serving=True, **NEMOTRON), "A server runs in this container already. Type: inv stop"),
+    ],
+    ids=["none", "exited", "worker", "earlier", "serving"],
+)
+def test_launch_without_a_head_that_is_ready(container, said, docker):
+    """Launch is refused before the server takes memory, and the message has the next command."""
+    docker.containers = [container] if container else []
+    assert said in _launch()
 
 
 @pytest.mark.parametrize(("model", "names"), [("nemotron", "HF_TOKEN and VLLM_API_KEY"), ("qwen-30b", "VLLM_API_KEY")])
@@ -156,21 +173,6 @@ def test_launch_where_the_containers_started_without_the_models_variables(docker
     assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN: missing, needs '1'" in said
     assert "TRTLLM" not in said.upper()
     assert "inv head --model nemotron" in said and "inv worker --model nemotron" in said
-
-
-def test_a_cluster_of_an_earlier_version_is_told(docker):
-    """Its containers lack the scripts that a launch needs; the message has the commands that bring it up anew."""
-    earlier = Container(**NEMOTRON)
-    earlier.attrs["Config"]["Env"].remove("NODE_RAY_REPOSITORY=0a")
-    docker.containers = [earlier]
-    assert "An earlier version of this repository" in (said := _launch()) and "inv down" in said
-    guards.is_head(earlier)  # which is all that down asks
-
-
-def test_launch_twice(docker):
-    """A second server is refused before it takes memory."""
-    docker.containers = [Container(serving=True, **NEMOTRON)]
-    assert "A server runs in this container already. Type: inv stop" in _launch()
 
 
 def test_launch_on_a_taken_port(docker, ray_port):
@@ -206,9 +208,7 @@ def test_cleanup_without_a_terminal_removes_nothing(docker, capfd, operator):
     assert "node-17: exited" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("typed", "removed"), [("y\n", True), ("yes\n", True), ("n\n", False), ("\n", False), ("", False)]
-)
+@pytest.mark.parametrize(("typed", "removed"), [("y\n", True), ("Yes\n", True), ("n\n", False), ("", False)])
 def test_cleanup_asks(typed, removed, docker, capfd, operator):
     """Cleanup removes containers only after y or yes."""
     docker.containers = [Container(), Container(name="node-17")]
@@ -223,10 +223,13 @@ def test_cleanup_asks(typed, removed, docker, capfd, operator):
 
 
 @pytest.mark.parametrize(
-    "asked", [engine.our_containers, lambda: engine.has_image("an image"), lambda: engine.image_labels("an image")],
-    ids=["containers", "image", "labels"],
-)  # fmt: skip
-@pytest.mark.parametrize("error", [APIError("500 Server Error"), JSONDecodeError("Expecting value", "", 0)], ids=repr)
+    ("asked", "error"),
+    [
+        (engine.our_containers, APIError("500 Server Error")),
+        (lambda: engine.image_labels("an image"), JSONDecodeError("Expecting value", "", 0)),
+    ],
+    ids=["containers", "labels"],
+)
 def test_an_error_of_docker_is_a_sentence(asked, error, operator):
     """An Engine that answers with an error ends in one sentence with what to type."""
 
@@ -281,7 +284,6 @@ def test_a_corrupt_context_of_docker_is_a_sentence(operator, tmp_path):
         engine.client.__wrapped__()
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(59, "0 min"), (7199, "119 min"), (7200, "2 h"), (172800, "2 d")])
-def test_an_age_in_words(seconds, words):
+def test_an_age_in_words():
     """Minutes up to two hours, hours up to two days, then days."""
-    assert engine.age_in_words(seconds) == words
+    assert [engine.age_in_words(seconds) for seconds in (59, 7199, 7200, 172800)] == ["0 min", "119 min", "2 h", "2 d"]

@@ -41,43 +41,31 @@ def test_all_links_up(head):
     assert remarks == []
 
 
-@pytest.mark.parametrize(("down", "port"), [(PORT_0, "f0"), (PORT_1, "f1")])
-def test_one_cable_is_normal(down, port, head):
-    """A port that is down is a note. Both its halves are left out, because a device that is down can stall NCCL."""
+@pytest.mark.parametrize(
+    ("down", "said"),
+    [
+        (PORT_0, [f"Note: port f0 is down ({PORT_0[0]}, {PORT_0[1]}); one cable is normal."]),
+        (PORT_1, [f"Note: port f1 is down ({PORT_1[0]}, {PORT_1[1]}); one cable is normal."]),
+        ((UP[2],), [f"Warning: {UP[2]} is down, but the other half of port f0 is up"]),
+        ((*PORT_0, UP[1]), ["Note: port f0 is down", f"Warning: {UP[1]} is down"]),
+    ],
+)
+def test_what_is_down_is_said_and_not_used(down, said, head):
+    """A port that is down is a note, half a port a warning. Neither is used, because it can stall NCCL."""
     env, remarks, _ = head(tree={"down": down})
     up = set(UP) - set(down)
     _uses(env, up, {HCAS[netdev] for netdev in up})
-    (note,) = remarks
-    assert note.startswith(f"Note: port {port} is down") and all(netdev in note for netdev in down)
+    assert len(remarks) == len(said) and all(map(str.startswith, remarks, said))
 
 
-@pytest.mark.parametrize("down", UP)
-def test_half_a_port_is_a_warning(down, head):
-    """A half that is down halves the cable's rate: a warning names it, and the cold boot that helps."""
-    env, remarks, _ = head(tree={"down": (down,)})
-    _uses(env, set(UP) - {down}, {HCAS[netdev] for netdev in UP if netdev != down})
-    (warning,) = remarks
-    assert warning.startswith(f"Warning: {down} is down") and "cold boot" in warning.lower()
-
-
-def test_one_cable_and_half_of_it(head):
-    """Each port is judged alone: a note for the port without a cable, a warning for the half."""
-    _, remarks, _ = head(tree={"down": (*PORT_0, UP[1])})
-    assert [remark.split(":")[0] for remark in remarks] == ["Note", "Warning"]
-
-
-@pytest.mark.parametrize("flags", ["", "--model nemotron"])
-@pytest.mark.parametrize("tree", [{"down": UP}, {"devices": ()}], ids=["all down", "no RoCE"])
-def test_no_link_at_all_is_refused(tree, flags, head):
+@pytest.mark.parametrize(
+    ("task", "tree"), [("head", {"devices": ()}), ("head --model nemotron", {"down": UP}), ("worker", {"down": UP})]
+)
+def test_no_link_at_all_is_refused(task, tree, inv, sysfs):
     """Without any link two nodes would be very slow: refused, with the cold boot, and how to use TCP on purpose."""
-    _, _, said = head(flags, tree)
+    said = inv(f"--dry {task}", SYSFS=str(sysfs(**tree)))
     assert said.code and said.out == ""
     assert "No data-plane link is up" in said.err and "cold boot" in said.err and "RDMA_HCAS=" in said.err
-
-
-def test_a_worker_without_a_link_is_refused_too(inv, sysfs):
-    """A worker without a link is refused like a head."""
-    assert "No data-plane link is up" in inv("--dry worker", SYSFS=str(sysfs(down=UP))).err
 
 
 def test_a_model_for_one_node_needs_no_link(head):
@@ -86,7 +74,7 @@ def test_a_model_for_one_node_needs_no_link(head):
     assert said.code == 0 and env["NCCL_IB_DISABLE"] == "1" and "NCCL_IB_HCA" not in env
 
 
-@pytest.mark.parametrize("tree", [{}, {"down": UP}, {"devices": ()}], ids=["all up", "all down", "no RoCE"])
+@pytest.mark.parametrize("tree", [{}, {"devices": ()}], ids=["all up", "no RoCE"])
 def test_tcp_on_purpose(tree, head):
     """`RDMA_HCAS=` turns RDMA off, tells the operator so, and keeps the interfaces for sockets."""
     env, _, said = head("", tree, RDMA_HCAS="")
@@ -120,7 +108,7 @@ def test_interfaces_may_have_any_name(head, addresses):
     assert [remark.split(":")[0] for remark in remarks] == ["Note"]
 
 
-@pytest.mark.parametrize("tree", [{}, {"down": UP}, {"devices": ()}], ids=["all up", "all down", "no RoCE"])
+@pytest.mark.parametrize("tree", [{}, {"devices": ()}], ids=["all up", "no RoCE"])
 def test_the_operators_links_win(tree, head):
     """DATA_IFS and RDMA_HCAS that an operator sets are used unchanged, whatever sysfs says."""
     env, _, said = head("", tree, RDMA_HCAS="mlx5_7,mlx5_8", DATA_IFS="eth7")
