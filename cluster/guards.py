@@ -70,13 +70,11 @@ def _check_docker(settings: Settings) -> None:
         raise Exit(f"Docker has no image {image} ({settings.origin('VLLM_IMAGE')}). Type: inv build-image")
     token, ray_version = token_file(settings), labels.get("ray.version", "unknown")
     if token is None:
-        say(
-            f"Warning: without a token Ray runs code for anyone who reaches its port {RAY_PORT}. To close it: inv token"
-        )
+        say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")
     elif knows_no_tokens(ray_version):
         raise Exit(
             f"There is a token ({token}), but the Ray of {image} is {ray_version}, and tokens came with 2.52. "
-            "Type: inv build-image; or serve without a token: RAY_AUTH_TOKEN_PATH=/none"
+            "Type: inv build-image; or go on without the token: RAY_AUTH_TOKEN_PATH=/none"
         )
 
 
@@ -156,12 +154,12 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
 
 
 def running_node(next_step: str) -> Container:
-    """Return the node's container if it runs. next_step: the end of the message if it does not."""
+    """Return the node's container if it runs. next_step: the end of the message if there is none."""
     found = engine.node_container()
     if found is None:
         raise Exit(f"No {CONTAINER} runs on this node. {next_step}")
     if found.status != "running":
-        raise Exit(f"{CONTAINER} is here but {found.status}. Type: inv cleanup; then {next_step}")
+        raise Exit(f"{CONTAINER} is here but {found.status}. Type: inv cleanup")
     return found
 
 
