@@ -1,4 +1,4 @@
-"""Writes docs/rehearsal.svg: what a real rehearsal's `inv up` and `inv status` show on a terminal.
+"""Draws docs/rehearsal.svg: a terminal with a real rehearsal's `inv up` and `inv status`.
 
 Type, as root: .venv/bin/python -m rehearsal.picture
 """
@@ -24,8 +24,13 @@ from rehearsal.rig import Rig
 from rehearsal.shell import script
 
 WIDTH = 110
-# A line that is drawn anew: the one that is erased, and the one that is erased after its end.
-ERASED = (r"[^\n]*\r\x1b\[2K", r"[^\n]*\n[^\n]*\x1b\[1A\x1b\[2K", r"\x1b\[\?25[lh]")
+CUTS = (
+    # Lines that the terminal erases, before their end or after it.
+    (r"[^\n]*\r\x1b\[2K|[^\n]*\n[^\n]*\x1b\[1A\x1b\[2K|\x1b\[\?25[lh]", ""),
+    # A command line under its comment: a picture of all its words would be 200 lines high.
+    (r"(?m)^((?:spark-\d \| )?# .*)\n(?:.*\\\n|(?:spark-\d \| )?export .*\n)*.*\n", r"\1 …\n"),
+    (str(ROOT), "~/dgx-spark-cluster"),
+)
 
 
 def shown(host: Host, words: list[str], key: str) -> str:
@@ -42,9 +47,9 @@ def shown(host: Host, words: list[str], key: str) -> str:
     if task.wait():
         sys.exit(text.decode())
     said = text.decode().replace("\r\n", "\n")
-    for pattern in ERASED:
-        said = re.sub(pattern, "", said)
-    return said.replace(f"{host.state}/", "/").replace(str(ROOT), "~/dgx-spark-cluster")
+    for pattern, instead in (*CUTS, (f"{sandbox.state(host.root, 'spark-')}[0-9]+/", "/")):
+        said = re.sub(pattern, instead, said)
+    return said
 
 
 if __name__ == "__main__":
@@ -54,7 +59,7 @@ if __name__ == "__main__":
         flow.build()
         rig.copy(IMAGE)
         head, worker = rig.hosts
-        # No sshd runs here: what stands in for ssh steps into the other host.
+        # No sshd runs here. This program named ssh steps into the other host.
         there = worker.command("env", *(f"{name}={value}" for name, value in worker.env.items()), "sh", "-c")
         script(sandbox.state(rig.root, "bin") / "ssh", "for last; do :; done", f'exec {shlex.join(there)} "$last"')
         for words in (["up", "--model", "rehearsal", "--allow", ALLOW], ["status"]):
