@@ -20,6 +20,8 @@ from rehearsal.shell import ENV, RehearsalError, bound, wait, works
 SETTING = "REHEARSAL_DIR"
 # A socket's path has at most 107 characters, and containerd adds 51 of its own.
 LONGEST = 56
+# spark/boot.sh covers these folders, so an engine would not see its own state there.
+COVERED = "dev|etc|opt|proc|run"
 OURS = ("engines", "run", "log", "base", "base.tar")
 # One rehearsal at a time on a machine, whatever REHEARSAL_DIR is.
 LOCK = Path("/run/dgx-spark-rehearsal.json")
@@ -34,10 +36,11 @@ _KILL = "for name in $(ls /run/netns); do ip netns pids $name; done | xargs --no
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder that REHEARSAL_DIR names. Raises RehearsalError where engines could not live in that folder."""
     path = Path(load_settings(shell=environ)[SETTING])
-    if not re.fullmatch(r"/[\w./-]+", str(path)) or ".." in path.parts or len(str(path)) > LONGEST:
+    if not re.fullmatch(rf"/(?!({COVERED})/)[\w./-]{{,{LONGEST - 1}}}", str(path)) or ".." in path.parts:
         raise RehearsalError(
             f"{SETTING} is {str(path)!r}; it takes an absolute path of letters, digits and ._/- of at most {LONGEST} "
-            "characters, because the path becomes part of socket names and mount options."
+            "characters, because it becomes part of socket names and mount options. It may not lie below "
+            f"/{COVERED.replace('|', ', /')}, which each engine has for itself."
         )
     return path
 

@@ -1,8 +1,11 @@
 """One message names everything that is missing, with the line that installs it. Nothing is touched."""
 
-import pytest
+from pathlib import Path
 
-from rehearsal import needs
+import pytest
+from invoke import Exit
+
+from rehearsal import needs, sandbox
 
 
 @pytest.fixture
@@ -53,6 +56,14 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "photos/one.jpg").touch()
     assert "one.jpg is not a rehearsal's" in needs.missing(tmp_path / "photos/one.jpg")
     assert f"{tmp_path}/photos is not a rehearsal's (REHEARSAL_DIR names " in needs.missing(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["sparks", "/my sparks", "/opt/sparks", f"/{'x' * 56}", "/srv/../sparks"])
+def test_a_folder_where_no_engine_could_live_is_refused(folder):
+    """Its path becomes part of socket names and mount options, and the engines cover some of this machine's folders."""
+    with pytest.raises(Exit, match="REHEARSAL_DIR"):
+        sandbox.folder({"ENV_FILE": "", "REHEARSAL_DIR": folder})
+    assert sandbox.folder({"ENV_FILE": "", "REHEARSAL_DIR": "/srv/optical"}) == Path("/srv/optical")
 
 
 def test_nothing_is_said_where_nothing_is_missing(monkeypatch, tmp_path):
