@@ -45,14 +45,14 @@ class Inspection:
 def inspect(settings: ModelSettings, head: Container) -> Inspection:
     """Ask the image and every node, and compute the memory; raises Exit if the image or Ray could not be asked."""
     known = known_options(head, settings)
-    settings, said, found = gated(settings, head, known)
+    settings, said, lacking = gated(settings, head, known)
     nodes = ask_nodes(head, settings.forward)
-    found = [*find_disagreements(nodes, settings), *found]
+    differing = find_disagreements(nodes, settings)
     if (server := ask_server(head)) and server.alive:
-        return Inspection(settings, nodes, (), found, [*said, _occupied(server, nodes)])
+        return Inspection(settings, nodes, (), [*differing, *lacking], [*said, _occupied(server, nodes)])
     memory = [_memory(node) for node in nodes]
-    budgets, unfit = memory_budgets(settings, memory, known.vllm, Path(mounts(settings)[HF_CACHE]))
-    return Inspection(settings, nodes, budgets, [*found, *unfit], said)
+    budgets, short = memory_budgets(settings, memory, known.vllm, Path(mounts(settings)[HF_CACHE]))
+    return Inspection(settings, nodes, budgets, [*differing, *short, *lacking], said)
 
 
 def foresee(settings: ModelSettings) -> Inspection:
