@@ -12,9 +12,8 @@ from urllib.parse import quote, urlsplit
 
 # Counters and gauges that move while the server works. The KV cache's gauge has an older name (vLLM before 0.11).
 _MOVING = ("prompt_tokens_total", "generation_tokens_total", "kv_cache_usage_perc", "gpu_cache_usage_perc")
-_SAMPLE = re.compile(r"^vllm:(\w+)(?:{.*})? (\S+)$", re.MULTILINE)
-# Bytes that are read of an answer with status 200, and of any other.
-_MOST, _MOST_OF_ERROR = 2**24, 2000
+_SAMPLE = re.compile(r"^vllm:(\w+)(?:{.*})? (\d+(?:\.\d+)?(?:e[+-]?\d+)?)$", re.MULTILINE)
+_MOST = 2**24  # bytes that are read of an answer
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Answer:
 class Metrics:
     """How many requests run and wait, and the samples that move while the server works, as (name, value)."""
 
-    running: int
-    waiting: int
+    running: float
+    waiting: float
     moving: frozenset[tuple[str, str]]
 
 
@@ -75,10 +74,13 @@ def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds:
             reached.add("server")
             connection.request("POST" if body else "GET", parts.path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
-            answers.append(Answer(answer.status, _read(answer), time.monotonic() - start))
+            text = answer.read(_MOST)
+            if answer.length:  # the answer broke off, or is too long
+                raise http.client.IncompleteRead(text, answer.length)
+            answers.append(Answer(answer.status, text.decode(errors="replace"), time.monotonic() - start))
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: such as a chunk of size -5
-            text, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
-            answers.append(Answer(None, text, time.monotonic() - start, silent, error, "server" in reached))
+            why, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
+            answers.append(Answer(None, why, time.monotonic() - start, silent, error, "server" in reached))
         finally:
             connection.close()
 
@@ -109,27 +111,14 @@ def generate_token(url: str, key: str | None, seconds: float = 3) -> Answer:
 
 
 def read_metrics(url: str, seconds: float = 2) -> Metrics | None:
-    """Read the server's metrics, which need no key; None if the server did not tell them, or not as numbers."""
+    """Read the server's metrics, which need no key; None if the server did not tell them."""
     answer = ask_api(f"{url}/metrics", seconds=seconds)
     if not answer.well:
         return None
     samples = _SAMPLE.findall(answer.text)
-    try:
-        running, waiting = (
-            int(sum(float(value) for name, value in samples if name == wanted))
-            for wanted in ("num_requests_running", "num_requests_waiting")
-        )
-    except (ValueError, OverflowError):  # NaN, or infinity
-        return None
+    running = sum(float(value) for name, value in samples if name == "num_requests_running")
+    waiting = sum(float(value) for name, value in samples if name == "num_requests_waiting")
     return Metrics(running, waiting, frozenset(sample for sample in samples if sample[0] in _MOVING))
-
-
-def _read(answer: http.client.HTTPResponse) -> str:
-    """Return the text; raises IncompleteRead if it broke off or is too long. Of an error the beginning is enough."""
-    text = answer.read(_MOST if answer.status == 200 else _MOST_OF_ERROR)
-    if answer.status == 200 and answer.length:
-        raise http.client.IncompleteRead(text, answer.length)
-    return text.decode(errors="replace")
 
 
 def _harmless(text: str, key: str | None) -> str:

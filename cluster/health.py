@@ -23,7 +23,7 @@ from cluster.command import Command, render, run, say, tell
 from cluster.engine import node_container
 from cluster.guards import is_head
 from cluster.node import CONTAINER, log_folder
-from cluster.recorder import GIB, LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
+from cluster.recorder import FRESH_S, GIB, LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
 from cluster.server import Served, ask_server, is_earlier
 from cluster.settings import Settings
 
@@ -36,6 +36,7 @@ GPU_S = 20
 DEAF_S = 30
 BRING_UP_AGAIN = "inv down; then: inv up --model NAME"
 LAUNCH_AGAIN = "inv logs; then: inv stop, and launch again"
+NOT_RECORDED = f"the recorder beside the server has written nothing for {FRESH_S} s."
 START_RECORDER = "inv up --model NAME: it leaves the server alone and starts the recorder again"
 SHOW_LINKS = "ip -brief link, on that node"
 LATER = "inv health, later"
@@ -80,7 +81,7 @@ class Seen:
     """Every answer about a cluster. None stands for a server that was not launched, and for what was not answered.
 
     `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to one token. `moving`: whether the API's counters
-    moved while that answer was awaited. `waited`: for how many seconds no `inv health` has had a token. `gpus`: for
+    moved during the wait for that answer. `waited`: for how many seconds no `inv health` has had a token. `gpus`: for
     host and container, whether nvidia-smi answered, and its words.
     """
 
@@ -94,14 +95,9 @@ class Seen:
     gpus: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
 
     @property
-    def fresh(self) -> Recorded | None:
-        """The recorder's last look, unless it is too old to tell of now."""
-        return self.recorded if self.recorded and self.recorded.fresh else None
-
-    @property
     def facts(self) -> dict[str, Mapping]:
         """The recorder's facts of each node that answered the recorder."""
-        return {at: facts for at, facts in (self.fresh.nodes if self.fresh else {}).items() if facts}
+        return {at: facts for at, facts in self.recorded.nodes.items() if facts} if self.recorded else {}
 
     @property
     def down(self) -> str:
@@ -113,8 +109,8 @@ class Seen:
 
 
 def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
-    """Name the first trouble of a cluster; hang and stall are seconds (HANG_S, STALL_S), warn is GiB (MEM_WARN_GIB)."""
-    server, answer, fresh = seen.server, seen.answer, seen.fresh
+    """Name the first trouble of a cluster. hang and stall are seconds (HANG_S, STALL_S), warn is GiB (MEM_WARN_GIB)."""
+    server, answer, recorded = seen.server, seen.answer, seen.recorded
     if server is None:
         return Verdict(State.NOT_RUNNING, "No server was launched.", "inv launch --model NAME")
     node_gone = seen.nodes is not None and len(seen.nodes) < server.world_size
@@ -122,11 +118,9 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
     if not server.alive and node_gone:
         return Verdict(State.RANK_LOST, f"The server has ended: {have}", BRING_UP_AGAIN)
     if not server.alive:
-        unasked = "; and Ray could not be asked" if seen.nodes is None else ""
-        why = f"The server has ended by itself{unasked}."
-        return Verdict(State.NOT_RUNNING, why, "inv logs; then: inv up --model NAME")
-    if fresh and (lost := _without_rank(seen, server)):
-        why = f"{fresh.ranks} of {server.world_size} ranks live; none on {', '.join(lost)}."
+        return Verdict(State.NOT_RUNNING, "The server has ended by itself.", "inv logs; then: inv up --model NAME")
+    if recorded and (lost := _without_rank(seen, recorded, server.world_size)):
+        why = f"{recorded.ranks} of {server.world_size} ranks live; none on {', '.join(lost)}."
         return Verdict(State.RANK_LOST, why, BRING_UP_AGAIN)
     if answer is None:
         return Verdict(State.UNKNOWN, "The API was not asked.")
@@ -138,12 +132,10 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
     if answer.silent:
         return _silent(seen, answer, hang)
     if answer.refused:
-        quiet = fresh.quiet(*LOAD) if fresh else 0
-        if fresh is None or quiet < stall:
+        quiet = recorded.quiet(*LOAD) if recorded else 0
+        if quiet < stall:
             return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
-        why = (
-            f"The server does not listen yet, and for {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
-        )
+        why = f"The server does not listen yet. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
         return Verdict(State.HUNG, why, "inv logs; then: inv stop")
     if answer.status is None:
         return Verdict(State.UNKNOWN, f"The API cannot be asked: {answer.text}", "inv logs")
@@ -156,17 +148,17 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
     return Verdict(State.NOT_RUNNING, said + answer.text[:200], LAUNCH_AGAIN)
 
 
-def _without_rank(seen: Seen, server: Served) -> list[str]:
+def _without_rank(seen: Seen, recorded: Recorded, world_size: int) -> list[str]:
     """Return the nodes that have lost their rank.
 
     A token that was just generated proves that every rank lives. While a model loads there are no ranks yet. A node
     that missed one look of the recorder may be busy, so it counts as lost only if Ray has lost it too.
     """
-    if not seen.fresh or seen.fresh.ranks >= server.world_size or (seen.answer and seen.answer.well):
+    if recorded.ranks >= world_size or (seen.answer and seen.answer.well):
         return []
     loads = seen.answer is not None and seen.answer.refused
     rankless = [at for at, facts in seen.facts.items() if not facts["ranks"] and not loads]
-    unheard = [at for at in seen.fresh.nodes if at not in seen.facts]
+    unheard = [at for at in recorded.nodes if at not in seen.facts]
     return rankless + [at for at in unheard if seen.nodes is not None and at not in seen.nodes]
 
 
@@ -177,12 +169,10 @@ def _serving(seen: Seen, answer: Answer, warn: float) -> Verdict:
         return Verdict(State.MEMORY_LOW, why, "inv memory; a lower GPU_MEM_UTIL leaves the host more")
     if seen.down:
         return Verdict(State.LINKS_DEGRADED, f"The server answers, but {seen.down}.", SHOW_LINKS)
-    if not seen.fresh:
-        return Verdict(State.UNKNOWN, f"The server answers, but {_recorder_is_quiet(seen)}", START_RECORDER)
-    if deaf := [f"{at} ({seconds:.0f} s)" for at, seconds in seen.fresh.silent.items() if seconds >= DEAF_S]:
-        why = (
-            f"The server answers, but the recorder does not reach {', '.join(deaf)}: its memory and links are unknown."
-        )
+    if not seen.recorded:
+        return Verdict(State.UNKNOWN, f"The server answers, but {NOT_RECORDED}", START_RECORDER)
+    if deaf := [f"{at} ({seconds:.0f} s)" for at, seconds in seen.recorded.silent.items() if seconds >= DEAF_S]:
+        why = f"The server answers, but the recorder does not reach {', '.join(deaf)}. Memory and links are unknown."
         return Verdict(State.UNKNOWN, why, "inv logs, for the lines of the memory guard; inv status")
     if broken := [f"{place}: {words}" for place, (well, words) in seen.gpus.items() if not well]:
         return Verdict(State.UNKNOWN, f"The server answers, but {'; '.join(broken)}", "nvidia-smi")
@@ -190,44 +180,31 @@ def _serving(seen: Seen, answer: Answer, warn: float) -> Verdict:
 
 
 def _silent(seen: Seen, answer: Answer, hang: float) -> Verdict:
-    """Tell busy from hung: a long prompt may be before ours, and nobody should power-cycle a host for that."""
-    queue = f" ({seen.metrics.running} requests run, {seen.metrics.waiting} wait)" if seen.metrics else ""
+    """Tell busy from hung. A long prompt may be before ours, and nobody should power-cycle a host for that."""
+    queue = f" ({seen.metrics.running:g} requests run, {seen.metrics.waiting:g} wait)" if seen.metrics else ""
     late = f"No token within {answer.seconds:.0f} s{queue}" + (f", and {seen.down}" if seen.down else "")
-    still = _still(seen)
-    if still is not None and still >= hang and not seen.moving:
+    # An idle server has nothing to move, so the seconds count only while a request waits.
+    still = 0.0
+    if seen.recorded:
+        still = min(seen.recorded.quiet(*WORK), max(seen.waited, seen.recorded.quiet("waiting")))
+    if still >= hang and not seen.moving:
         why = f"{late}; requests have waited {still:.0f} s (HANG_S: {hang:g}), and no counter, rank or GPU has moved."
         return Verdict(State.HUNG, why, LAUNCH_AGAIN)
     if seen.down:
         return Verdict(State.LINKS_DEGRADED, f"{late}.", SHOW_LINKS)
     if seen.moving:
         return Verdict(State.BUSY, f"{late}, but the server's counters move.", LATER)
-    if still is None:
-        why = f"{late}; whether the server works is unknown: {_recorder_is_quiet(seen)}"
-        return Verdict(State.UNKNOWN, why, START_RECORDER)
+    if not seen.recorded:
+        return Verdict(State.UNKNOWN, f"{late}, and {NOT_RECORDED}", START_RECORDER)
     why = f"{late}; {still:.0f} s ago a counter, rank or GPU moved, or no request waited (HANG_S: {hang:g})."
     return Verdict(State.BUSY, why, LATER)
-
-
-def _still(seen: Seen) -> float | None:
-    """For how many seconds requests have waited while nothing moved; None if the recorder does not tell.
-
-    An idle server has nothing to move, so the seconds count only while a request waits.
-    """
-    if not seen.fresh:
-        return None
-    return min(seen.fresh.quiet(*WORK), max(seen.waited, seen.fresh.quiet("waiting")))
-
-
-def _recorder_is_quiet(seen: Seen) -> str:
-    wrote = f"wrote {seen.recorded.age:.0f} s ago" if seen.recorded else "has written nothing"
-    return f"the recorder beside the server {wrote}."
 
 
 # --- Asking ----------------------------------------------------------------------------------------------------------
 
 
 def report_health(settings: Settings, as_json: bool) -> State:
-    """Print every part of the cluster, the state, and the next command. Returns the state."""
+    """Print every part of the cluster, the state, and the next command. Return the state."""
     verdict, seen = look(settings)
     parts = _parts(seen)
     for name, (well, words) in parts.items():
@@ -262,19 +239,16 @@ def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdic
 
 
 def gpu_command(container: str | None = None) -> Command:
-    """The command that names the GPU of this host, or of a container on it."""
+    """Name the GPU of this host, or of a container on it."""
     return Command(render("nvidia_smi.j2", container=container), "this node")
 
 
 def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) -> Seen:
     server = ask_server(head)
-    if server is None or not server.alive:
-        seen = Seen(server, nodes, read_recorded(settings) if server else None)
-    else:
-        seen = _ask_for_token(settings, server, nodes)
+    seen = _ask_for_token(settings, server) if server and server.alive else Seen(server)
     # Ray takes seconds to answer, so Ray is asked only if the server and its recorder leave a doubt.
     engine_lives = seen.answer is not None and (seen.answer.status or 0) < 500
-    if nodes is None and engine_lives and seen.fresh and len(seen.facts) == len(seen.fresh.nodes):
+    if nodes is None and engine_lives and seen.recorded and len(seen.facts) == len(seen.recorded.nodes):
         nodes = list(seen.facts)
     if nodes is None:
         with suppress(Exit):
@@ -282,32 +256,25 @@ def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) 
     return replace(seen, nodes=nodes)
 
 
-def _ask_for_token(settings: Settings, server: Served, nodes: Sequence[str] | None) -> Seen:
-    """Ask the API for one token; if none comes in time, see whether the counters moved meanwhile."""
-    with ThreadPoolExecutor() as pool:
-        before = pool.submit(read_metrics, server.url)
-        answer = generate_token(server.url, settings.get("VLLM_API_KEY"), TOKEN_S)
+def _ask_for_token(settings: Settings, server: Served) -> Seen:
+    """Ask the API for one token. If none comes in time, see whether the counters moved meanwhile."""
+    before = read_metrics(server.url)
+    answer = generate_token(server.url, settings.get("VLLM_API_KEY"), TOKEN_S)
+    after = read_metrics(server.url) if answer.silent else None
+    moving = bool(before and after and before.moving != after.moving)
     waited = waited_in_vain(log_folder(settings) / "unanswered.json", answer.silent, float(settings["HANG_S"]))
     # The recorder's file is read after the wait for the token: the ranks' work meanwhile counts.
-    seen = Seen(server, nodes, read_recorded(settings), answer, waited=waited)
-    if not answer.silent:
-        return seen
-    first, last = before.result(), read_metrics(server.url)
-    moving = first is not None and last is not None and first.moving != last.moving
-    return replace(seen, moving=moving, metrics=last or first)
+    return Seen(server, None, read_recorded(settings), answer, moving, waited, after or before)
 
 
 def waited_in_vain(file: Path, silent: bool, hang: float) -> float:
-    """Remember in file whether a token came; return for how many seconds none has come.
+    """Note in file whether a token came. Return for how many seconds none has come.
 
     vLLM's counters do not show a request that hangs the engine, so health keeps its own count. Two looks more than half
-    of `hang` seconds apart say nothing of the time between them: the count begins anew.
+    of `hang` seconds apart say nothing of the time between them, so the count begins anew.
     """
     now = time.time()
-    try:
-        since, last = map(float, kept_json(file))
-    except (TypeError, ValueError):
-        since = last = 0.0
+    since, last = kept_json(file) or (0, 0)
     if not silent or not since <= last <= now <= last + hang / 2:
         since = now
     try:

@@ -12,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from invoke import Exit
@@ -29,15 +27,15 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 PAUSE_S = 0.5
-# Where no terminal shows the progress, it is said at each new phase and after so many seconds.
+# Off a terminal, progress is said at each new phase, and after so many seconds.
 EVERY_S = 30
 # The first request compiles kernels: it took 49 s on two H100, the next one 1.8 s.
 WARM_UP_S = 600
 # The recorder has to reach every node before its first look.
 RECORDER_S = 60
 
-# The phases of vLLM 0.11 to 0.32 (V1 engine) and their first signs, from public logs and the stand-in's own. A load
-# passes over those that it does not need: a CPU compiles nothing, and --enforce-eager captures nothing.
+# The phases of vLLM 0.11 to 0.32 (V1 engine) and their first signs, from public logs and from the stand-in. A load may
+# skip phases: a CPU compiles nothing, and --enforce-eager captures nothing.
 PHASES = {
     "start": r"(?!)",
     "ranks": r"Connecting to existing Ray|Initializing a V1 LLM engine|world_size=",
@@ -53,7 +51,7 @@ PERCENT = re.compile(r"(\d{1,3})%(?: Completed)?[ |]")
 
 
 class Phase:
-    """The phase of a load, by the log so far, and the percent that the phase's progress bar said last."""
+    """The phase of a load by its log so far, and the last percent of the phase's progress bar."""
 
     def __init__(self) -> None:
         self.name, self.percent = "start", ""
@@ -63,10 +61,9 @@ class Phase:
         order = list(PHASES)
         found = next((name for name in reversed(order) if re.search(PHASES[name], line)), self.name)
         began = order.index(found) > order.index(self.name)
-        bar = PERCENT.search(line)
         if began:
             self.name, self.percent = found, ""
-        if bar and found == self.name:
+        if found == self.name and (bar := PERCENT.search(line)):
             self.percent = f" {bar[1]}%"
         return began
 
@@ -78,9 +75,9 @@ class Phase:
 
 
 class Progress:
-    """A line that changes on a terminal; elsewhere a line now and then.
+    """One line that changes on a terminal; elsewhere a new line now and then.
 
-    expected: the seconds that the last load took. since: this load's begin in seconds since 1970, if it is not now.
+    expected: the seconds that the last load took. since: this load's start in seconds since 1970, if it is not now.
     """
 
     def __init__(self, model: str, expected: float | None = None, since: float | None = None) -> None:
@@ -117,47 +114,19 @@ class Progress:
                 self.live.stop()
 
 
-def print_line(line: str) -> None:
-    """Print a line of the log to standard output."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
-
-
-# --- How long a load takes: a file has it by model and nodes ---------------------------------------------------------
-
-
-def expected_seconds(file: Path, kind: str) -> float | None:
-    """Return what the last load of this kind took; None before the first."""
-    try:
-        return float(kept_json(file)[kind]["seconds"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def keep_seconds(file: Path, kind: str, seconds: float) -> None:
-    kept = kept_json(file)
-    load = {"seconds": round(seconds, 1), "at": datetime.now(UTC).isoformat(timespec="seconds")}
-    try:
-        keep_json(file, (kept if isinstance(kept, dict) else {}) | {kind: load})
-    except OSError as error:
-        say(f"Note: {file} cannot be written ({error.strerror}), so the next load has no expected time.")
-
-
 # --- Following a load ------------------------------------------------------------------------------------------------
 
 
 def launch_model(settings: ModelSettings, addresses: Iterable[str], detached: bool) -> None:
     """Start the server and follow its log. Ctrl-C stops the server; a lost terminal does not.
 
-    addresses: those of Ray's nodes. detached: come back at once instead. Raises Exit when the server has ended.
+    addresses: those of Ray's nodes. detached: return at once instead. Raises Exit when the server has ended.
     """
     server.prepare(settings)
     try:
         server.begin(settings)
         if not detached:
-            follow_load(settings, addresses, shown=True, stay=True)
+            follow_load(settings, addresses, stay=True)
     except KeyboardInterrupt:
         say("Ctrl-C: the server is asked to stop.")
         run(server.stop_command(), whole=True)
@@ -166,30 +135,28 @@ def launch_model(settings: ModelSettings, addresses: Iterable[str], detached: bo
 
 
 def follow_load(
-    settings: ModelSettings,
-    addresses: Iterable[str],
-    shown: bool = False,
-    stay: bool = False,
-    since: float | None = None,
+    settings: ModelSettings, addresses: Iterable[str], stay: bool = False, since: float | None = None
 ) -> None:
-    """Follow the server's log until the server has answered a first request; with stay, until the server ends.
+    """Follow the server's log until the server has answered a first request.
 
-    shown: print the log. since: the server's start in seconds since 1970, if it is not now.
-    Raises Exit when the server has ended, and, without stay, when its load is stuck.
+    stay: print the log too, and follow it until the server ends. since: the server's start in seconds since 1970, if it
+    is not now. Raises Exit when the server has ended, and, without stay, when its load is stuck.
     """
     history = log_folder(settings) / "ready.json"
+    times = kept_json(history) or {}
     kind = f"{settings.model.name} on {', '.join(sorted(addresses))}"
     with stream(server.follow_command()) as lines:
-        progress = Progress(settings.model.name, expected_seconds(history, kind), since)
-        load = Load(settings, lines, shown, progress)
+        progress = Progress(settings.model.name, times.get(kind, {}).get("seconds"), since)
+        load = Load(settings, lines, progress, stay)
         try:
             answered_before = load.is_up()
-            load.wait_until_up(stay)
+            load.wait_until_up()
             load.warm_up()
         finally:
             progress.stop()
         if not answered_before:
-            keep_seconds(history, kind, progress.seconds)
+            with suppress(OSError):  # a full disk costs the next load its expected time, and nothing else
+                keep_json(history, times | {kind: {"seconds": round(progress.seconds, 1)}})
         how = "It answers" if answered_before else f"Ready after {progress.seconds:.0f} s"
         url = server.api_url(settings["HOST"], settings["PORT"], everywhere=settings["HEAD_NODE_IP"])
         say(f"{how}: API at {url}/v1, model {settings['SERVED_NAME']}")
@@ -199,10 +166,10 @@ def follow_load(
 
 
 class Load:
-    """A server that is followed, from its log's first line on."""
+    """A server that is followed, from its log's first line on. stay: as in follow_load."""
 
-    def __init__(self, settings: ModelSettings, lines: Iterator[str], shown: bool, progress: Progress) -> None:
-        self.settings, self.shown, self.progress = settings, shown, progress
+    def __init__(self, settings: ModelSettings, lines: Iterator[str], progress: Progress, stay: bool) -> None:
+        self.settings, self.progress, self.stay = settings, progress, stay
         self.url = server.api_url(settings["HOST"], settings["PORT"])
         self.phase = Phase()
         self.last: deque[str] = deque(maxlen=12)
@@ -223,40 +190,39 @@ class Load:
             line = self.unread.popleft()
             self.last.append(line)
             began |= self.phase.read(line)
-            if self.shown:
-                print_line(line)
+            try:
+                if self.stay:
+                    print(line, flush=True)
+            except OSError:
+                raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
         # `docker exec` may end before the server does.
         if over and not guards.is_serving(guards.running_node("Type: inv up --model NAME")):
             last = "\n".join(f"  {line}" for line in self.last)
             raise Exit(f"The server has ended. The last lines of its log:\n{last}\nAll of it: inv logs")
         return began
 
-    def wait_until_up(self, stay: bool) -> None:
+    def wait_until_up(self) -> None:
         begun, stuck, unguarded = time.monotonic(), False, False
         while not self.is_up():
             began = self.read_log()
             self.progress.show(str(self.phase), began)
             seen = read_recorded(self.settings)
-            fresh = seen if seen and seen.fresh else None
-            if not stuck and fresh and fresh.quiet(*LOAD) >= int(self.settings["STALL_S"]):
+            if not stuck and seen and seen.quiet(*LOAD) >= int(self.settings["STALL_S"]):
                 stuck = True
-                self.tell_stuck(stay)
-            if not unguarded and not fresh and time.monotonic() - begun > RECORDER_S:
+                text = (
+                    f"STUCK in {self.phase}: for {self.settings['STALL_S']} s (STALL_S) no line came in the log, and "
+                    "neither processor nor memory moved on any node. Look: inv logs"
+                )
+                if not self.stay:
+                    raise Exit(text)
+                say(f"{text}; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop")
+            if not unguarded and not seen and time.monotonic() - begun > RECORDER_S:
                 unguarded = True
                 say("Warning: the recorder writes nothing, so nothing guards the memory. Look: inv logs")
             time.sleep(PAUSE_S)
 
-    def tell_stuck(self, stay: bool) -> None:
-        text = (
-            f"STUCK in {self.phase}: for {self.settings['STALL_S']} s (STALL_S) no line came in the log, and neither "
-            "processor nor memory moved on any node. Look: inv logs"
-        )
-        if not stay:
-            raise Exit(text)
-        say(f"{text}; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop")
-
     def warm_up(self) -> None:
-        """Send one request, and discard the answer. Raises Exit if the request is refused."""
+        """Send one request, and discard the answer. Raises Exit if the request fails."""
         answers: list[Answer] = []
         asked = (self.url, self.settings.get("VLLM_API_KEY"), WARM_UP_S)
         asking = threading.Thread(target=lambda: answers.append(generate_token(*asked)), daemon=True)

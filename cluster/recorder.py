@@ -5,7 +5,6 @@ cluster/inside/recorder.py is the recorder itself.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import time
@@ -31,39 +30,33 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Recorded:
-    """The recorder's last look at all nodes, `age` seconds ago.
+    """The recorder's last look at all nodes.
 
     nodes: by address the facts of each node, or None if it did not answer. The facts are `available` (bytes), `ranks`
     (how many), `cpu` (seconds of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
     still: for how many seconds each thing has not moved. silent: for how many each silent node has not answered.
     """
 
-    age: float
     nodes: Mapping[str, Mapping | None]
     still: Mapping[str, float]
     silent: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the look tells of now. A clock that was set back makes the age negative."""
-        return -1 <= self.age <= FRESH_S
 
     @property
     def ranks(self) -> int:
         return sum(facts["ranks"] for facts in self.nodes.values() if facts)
 
     def quiet(self, *things: str) -> float:
-        """For how many seconds none of these things has moved on any node; 0 if the recorder looked at none of them."""
+        """Return for how many seconds none of these things has moved on any node; 0 if none of them was looked at."""
         return min((seconds for name, seconds in self.still.items() if name.partition(" ")[0] in things), default=0)
 
 
 def read_recorded(settings: Settings) -> Recorded | None:
-    """Return the last look of the last server's recorder; None if there is none, or the file is another's."""
+    """Return the recorder's last look; None unless that look was taken within the last FRESH_S seconds."""
     told = kept_json(log_folder(settings) / "vitals.json")
-    try:
-        return Recorded(time.time() - told["at"], told["nodes"], told["quiet"], told["silent"])
-    except (KeyError, TypeError):
-        return None
+    # A clock that was set back makes the age negative.
+    if told and -1 <= time.time() - told["at"] <= FRESH_S:
+        return Recorded(told["nodes"], told["quiet"], told["silent"])
+    return None
 
 
 def read_lows(settings: Settings) -> dict[str, int]:
@@ -95,7 +88,7 @@ def memory_command() -> Command:
 
 
 def watch_memory(settings: Settings, file: str | None) -> None:
-    """Print every node's available memory until Ctrl-C, and write it as CSV to file if one is named.
+    """Print every node's available memory until Ctrl-C. Write the same as CSV to file, if one is named.
 
     Raises Exit if the file cannot be written, or Ray does not answer any more.
     """
@@ -104,16 +97,15 @@ def watch_memory(settings: Settings, file: str | None) -> None:
         told = ", ".join(f"{address} {left / GIB:.1f} GiB" for address, left in lows.items())
         say(f"Lowest while the last server ran: {told}")
     try:
-        with open(file or os.devnull, "w", newline="", buffering=1) as opened, stream(memory_command()) as lines:
-            rows = csv.writer(opened)
-            rows.writerow(["time", "node", "available_bytes"])
+        with open(file or os.devnull, "w", buffering=1) as rows, stream(memory_command()) as lines:
+            print("time,node,available_bytes", file=rows)
             for line in lines:
                 now = time.strftime("%H:%M:%S")
                 for address, left in sorted(json.loads(line).items()):
                     available = "unknown" if left is None else f"{left / GIB:.1f}"
                     low = "  LOW" if left is None or left < warn * GIB else ""
                     say(f"{now}  {address:<15}  {available:>7} GiB available{low}")
-                    rows.writerow([now, address, left])
+                    print(now, address, left or "", sep=",", file=rows)
     except OSError as error:
         raise Exit(f"--csv {file} cannot be written: {error.strerror}.") from None
     raise Exit("Ray in the head's container does not answer any more. Type: inv health")

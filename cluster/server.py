@@ -1,6 +1,7 @@
 """The model's server: `vllm serve` in the head's container, where cluster/inside/serve.sh starts, follows and ends it.
 
-The server runs detached, and its log on the host's disk outlives the container.
+The server runs detached, and its log on the host's disk outlives the container. Functions here that run a command raise
+Exit if the command fails.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from invoke import Exit
@@ -27,7 +27,7 @@ EARLIER = "An earlier version of this repository started the containers. Type: i
 
 
 def api_url(host: str, port: str, everywhere: str = "127.0.0.1") -> str:
-    """Return the API's address, such as http://127.0.0.1:8000. everywhere: used if the API listens on all addresses."""
+    """Return the API's address, such as http://127.0.0.1:8000. everywhere: the host if it listens on all addresses."""
     host = everywhere if host in ("0.0.0.0", "::") else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -45,7 +45,7 @@ class Served:
 
     @property
     def model(self) -> str:
-        """The name that clients use."""
+        """The name that clients ask for."""
         return self._option("--served-model-name", self.words[2])
 
     @property
@@ -64,9 +64,12 @@ class Served:
         return api_url(self._option("--host", "0.0.0.0"), self._option("--port", "8000"))
 
     def _option(self, name: str, otherwise: str) -> str:
-        """Read an option as vLLM does: `--a-b c`, `--a-b=c` or `--a_b c`, and the last one counts."""
-        options = [(*word.split("=", 1), following)[:2] for word, following in pairwise((*self.words, ""))]
-        return next((value for word, value in reversed(options) if word.replace("_", "-") == name), otherwise)
+        """Read an option as vLLM does: as `--a-b c`, `--a-b=c` or `--a_b c`. The last one counts."""
+        for word, following in reversed([*pairwise((*self.words, ""))]):
+            option, equals, value = word.partition("=")
+            if option.replace("_", "-") == name:
+                return value if equals else following
+        return otherwise
 
     def _number(self, name: str, otherwise: int) -> int:
         value = self._option(name, "")
@@ -74,10 +77,7 @@ class Served:
 
 
 def ask_server(head: Container) -> Served | None:
-    """Return the server that was launched last in the head's container; None if none was, or `inv stop` ended it.
-
-    Raises Exit if the container does not answer.
-    """
+    """Return the server that was launched last; None if none was, or if `inv stop` has ended it."""
     runs, since, *words = _state(head) or ("", "0")
     return Served(runs == "0", float(since), tuple(words)) if len(words) > 2 else None
 
@@ -92,9 +92,9 @@ def _state(head: Container) -> list[str]:
 
 
 def is_earlier(head: Container) -> bool:
-    """Whether an earlier version of this repository started this container, which then lacks the mounted scripts.
+    """Whether an earlier version of this repository started this container. It then lacks the mounted scripts.
 
-    `inv stop` and `inv down` end such a cluster, too. Nothing can be launched on it.
+    `inv stop` and `inv down` end such a cluster too. Nothing can be launched on it.
     """
     return "NODE_RAY_REPOSITORY" not in container_environment(head)
 
@@ -103,17 +103,16 @@ def is_earlier(head: Container) -> bool:
 
 
 def serve_values(settings: Settings) -> dict[str, str]:
-    """Return the values for a model's templates."""
     return settings.public() | {"hf_cache": HF_CACHE}
 
 
 def serve_words(settings: ModelSettings) -> list[str]:
-    """Return the server's command line, from `vllm serve` on."""
+    """The server's command line, from `vllm serve` on."""
     return words_of(render(settings.model.serve, **serve_values(settings)))
 
 
 def fetch_commands(settings: ModelSettings) -> list[Command]:
-    """Return what fills the Hugging Face cache before the server starts. Most models have no fetch.j2."""
+    """Fill the Hugging Face cache before the server starts. Most models have no fetch.j2."""
     lines = render(settings.model.fetch, **serve_values(settings)) if settings.model.fetch else ()
     return [_with_secrets(settings, ["HF_TOKEN"], "fetch", lines)] if lines else []
 
@@ -140,7 +139,7 @@ def stop_command() -> Command:
 
 
 def launch_commands(settings: ModelSettings, detached: bool = False) -> list[Command]:
-    """Return everything that `launch` runs, in order."""
+    """All that `launch` runs, in this order."""
     begin = [*fetch_commands(settings), start_command(settings), recorder_command(settings)]
     return begin if detached else [*begin, follow_command()]
 
@@ -152,9 +151,8 @@ def _exec(sub_command: str, words: Sequence[str] = (), secrets: Sequence[str] = 
 
 def _with_secrets(settings: Settings, secrets: Sequence[str], sub_command: str, lines: Lines) -> Command:
     """Pass the model's line to serve.sh, and these secrets by name."""
-    required = settings["REQUIRED_SECRETS"].split()
     given = {name: value for name, value in settings.secrets().items() if name in secrets}
-    needs = [name for name in secrets if name in required]
+    needs = [name for name in secrets if name in settings["REQUIRED_SECRETS"].split()]
     return Command(_exec(sub_command, secrets=secrets) + lines, "head", needs=needs, secrets=given)
 
 
@@ -168,25 +166,22 @@ def _fed(sub_command: str, container: str | None = CONTAINER) -> Command:
 
 
 def prepare(settings: ModelSettings) -> None:
-    """Fetch what the server needs. Raises Exit with the ways on if that fails."""
+    """Fetch what the server needs."""
     for command in fetch_commands(settings):
         say(command.text)
         try:
             commit = run(command, capture=True)
         except Exit as error:
             raise Exit(
-                f"The reasoning parser could not be fetched: {error.message}\nWithout it the server would not start. "
-                "Mend the network or HF_TOKEN; or go on without the file, with REASONING_PARSER=nemotron_v3 (built "
-                "into vLLM 0.17.1 and later) or ENABLE_REASONING_PARSER=0 before the same command."
+                f"The reasoning parser could not be fetched: {error.message}\nCheck the network and HF_TOKEN. To start "
+                "without the file, type REASONING_PARSER=nemotron_v3 (vLLM 0.17.1 and later) or "
+                "ENABLE_REASONING_PARSER=0 before the same command."
             ) from None
         say(f"The reasoning parser is here, from commit {commit.splitlines()[-1] if commit else 'unknown'}.")
 
 
 def begin(settings: ModelSettings, started: Callable[[], None] = lambda: None) -> None:
-    """Start the server and its recorder, and come back at once. Raises Exit if that fails.
-
-    started: called between the two, when there is a server that the caller may have to stop.
-    """
+    """Start the server and its recorder, and come back at once. started: called once there is a server to stop."""
     with held():  # a signal between the two would leave a server whose memory nobody guards
         run(start_command(settings), whole=True)
         started()
@@ -196,22 +191,16 @@ def begin(settings: ModelSettings, started: Callable[[], None] = lambda: None) -
 # --- Its log ---------------------------------------------------------------------------------------------------------
 
 
-def server_log(settings: Settings) -> Path:
-    """The server's log on the head's disk."""
-    return log_folder(settings) / "serve.log"
-
-
 def log_command(settings: Settings, of_node: bool, follow: bool) -> Command:
-    """Show the last lines of the server's log, or of a detached node's. follow: and what is written from then on."""
-    file = node_log(settings) if of_node else server_log(settings)
+    """Show the last lines of the server's log, or of a detached node's. follow: and what is written after them."""
+    file = node_log(settings) if of_node else log_folder(settings) / "serve.log"
     return Command(render("tail.j2", file=file, follow=follow), "this node")
 
 
 def show_log(command: Command) -> NoReturn:
-    """Become log_command. Raises Exit if the log is missing or cannot be read."""
-    try:
-        os.stat(command.words[-1])
-    except OSError as error:
-        where = "The server's log is on the head. A node has a log where it was started with --detach"
-        raise Exit(f"{command.words[-1]} cannot be read: {error.strerror}. {where}.") from None
+    """Become log_command, if there is a log."""
+    if not os.path.exists(file := command.words[-1]):
+        raise Exit(
+            f"There is no {file}. The server's log is on the head; a node has one if it was started with --detach."
+        )
     become(command)

@@ -257,8 +257,7 @@ def _same_server(settings: ModelSettings, head: Container, running: server.Serve
             f"{missing}. To end that server: inv stop"
         )
     say("The server runs already, with this line: it is left alone.")
-    seen = recorder.read_recorded(settings)
-    if (seen is None or not seen.fresh) and time.time() - running.since > load.RECORDER_S:
+    if recorder.read_recorded(settings) is None and time.time() - running.since > load.RECORDER_S:
         say("The recorder beside it has stopped: it is started again.")
         run(server.recorder_command(settings), whole=True)
     return settings

@@ -14,11 +14,9 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from invoke import Exit
 
@@ -64,23 +62,18 @@ def act(outage: Outage, hook: Hook, url: str, look: Look) -> None:
     if not due:
         return
     if forbidden := hook.claim(time.time()):
-        return _tell(*outage.once(*forbidden))
+        return _tell(*outage.once(forbidden))
     _tell(f"hook runs: {due['WATCH_EVENT']} since {due['WATCH_SINCE']}, {due['WATCH_REASON']}")
     _tell(hook.call(due | {"WATCH_URL": url}))
 
 
 def checked_url(url: str | None) -> str:
-    """Return the url without a slash at its end; raises Exit unless it is http(s)://HOST[:PORT]."""
-    try:
-        parts = urlsplit(url or "")
-        beyond = parts.path.strip("/") or parts.query or parts.fragment
-        host = parts.hostname and parts.port != 0 and re.fullmatch(r"[\w.:\[\]-]+", parts.netloc)
-    except ValueError:  # a port that is no number, brackets around no IPv6 address
-        host = None
-    if not host or beyond or parts.scheme not in ("http", "https"):
+    """Return the url without a slash at its end. Raises Exit unless it is http(s)://HOST[:PORT]."""
+    match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::(\d+))?)/?", url or "")
+    if not match or not 0 < int(match[2] or 80) < 2**16:
         # The url is not repeated: it may hold a password.
         raise Exit("--url is missing, or no server's address: it takes http://HOST:PORT or https://HOST:PORT, no more.")
-    return f"{parts.scheme}://{parts.netloc}"
+    return match[1]
 
 
 def _tell(*lines: str) -> None:
@@ -96,7 +89,7 @@ def _iso(epoch: float) -> str:
 
 @dataclass(frozen=True)
 class Look:
-    """One look at the server: well, failed, silent (no answer in time), or one of UNCOUNTED; and why.
+    """One look at the server. `kind` is well, failed, silent (no answer in time), hung, or one of UNCOUNTED.
 
     `moving` are the metrics that move while the server works; None if they are unknown.
     """
@@ -107,7 +100,7 @@ class Look:
 
 
 def probe(url: str, key: str | None, seconds: float = PROBE_S) -> Look:
-    """Ask the server for one token, in at most so many seconds, and for its metrics if the server is silent."""
+    """Ask the server for one token. If the server is silent, ask for its metrics."""
     answer = generate_token(url, key, seconds)
     text, error = answer.text[:160], answer.error
     if answer.well:
@@ -132,27 +125,22 @@ def probe(url: str, key: str | None, seconds: float = PROBE_S) -> Look:
 
 @dataclass
 class Outage:
-    """The looks so far. `failures` in a row make an outage. Silence is a hang if nothing moves for `hang` seconds.
-
-    `clock` counts seconds; the time of day would jump where the clock is set or the machine sleeps.
-    """
+    """The looks so far. `failures` in a row make an outage. Silence is a hang if nothing moves for `hang` seconds."""
 
     failures: int
     hang: float
-    clock: Callable[[], float] = time.monotonic
     armed: bool = False  # whether the server was well once, so that a watch started during a load does not act
     row: int = 0  # failures in a row
     since: float = 0  # epoch seconds of the first of them
     trouble_since: float | None = None  # epoch seconds of the first look that was not well
     last: Look = Look("")
     moving: frozenset[tuple[str, str]] | None = None
-    said: set[str] = field(default_factory=set)  # the rules that have held back the hook in this outage
-
-    def __post_init__(self) -> None:
-        self.moved = self.clock()
+    # Monotonic seconds of the last move: the time of day would jump where the clock is set or the machine sleeps.
+    moved: float = field(default_factory=time.monotonic)
+    said: set[str] = field(default_factory=set)  # why the hook was held back in this outage
 
     def see(self, look: Look, now: float) -> tuple[list[str], dict[str, str] | None]:
-        """Take in a look at `now` (epoch seconds). Returns the news, and the hook's variables if the hook is due."""
+        """Take in a look at `now` (epoch seconds). Return the news, and the hook's variables if the hook is due."""
         before, self.last = self.last, self._busy_or_hung(look)
         kind, reason = self.last.kind, self.last.reason
         if kind == "well":
@@ -167,20 +155,20 @@ class Outage:
         if self.row < self.failures:
             return news, None
         if not self.armed:
-            return news + self.once("unarmed", "held back: the server was not well since this watch started"), None
+            return news + self.once("held back: the server was not well since this watch started"), None
         event, since = "hung" if kind == "hung" else "down", _iso(self.since)
         due = {"WATCH_EVENT": event, "WATCH_REASON": reason, "WATCH_FAILURES": str(self.row), "WATCH_SINCE": since}
         return news, due
 
-    def once(self, rule: str, line: str) -> list[str]:
-        """Return the line, unless this outage has had a line by this rule."""
-        new = rule not in self.said
-        self.said.add(rule)
-        return [line] if new else []
+    def once(self, line: str) -> list[str]:
+        """Return the line, unless it was returned in this outage already."""
+        new = {line} - self.said
+        self.said.add(line)
+        return [*new]
 
     def _busy_or_hung(self, look: Look) -> Look:
-        """Return the look without its metrics; a silent one as busy or hung."""
-        now = self.clock()
+        """Return the look without its metrics. A silent look becomes busy or hung."""
+        now = time.monotonic()
         if look.kind in ("well", "key", "odd") or look.moving not in (None, self.moving):
             self.moved, self.moving = now, look.moving
         if look.kind != "silent":
@@ -221,28 +209,27 @@ class Hook:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             keep_json(self.file, self._runs())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise Exit(f"{self._unusable(error)} Type: ls -ld {shlex.quote(str(self.file))}") from None
 
-    def claim(self, now: float) -> tuple[str, str] | None:
-        """Remember a run at `now` (epoch seconds), or return the rule that forbids it, and a sentence."""
+    def claim(self, now: float) -> str | None:
+        """Remember a run at `now` (epoch seconds), or return why the hook must not run."""
         if not self.words:
-            return "none", "no hook: WATCH_HOOK is empty, so nothing is run"
+            return "no hook: WATCH_HOOK is empty, so nothing is run"
         try:
             runs = self._runs()
             if runs and now - max(runs) < self.cooldown:
-                last = _iso(max(runs))
-                return "cool-down", f"held back: the hook ran at {last}, and WATCH_COOLDOWN_S is {self.cooldown}"
+                return f"held back: the hook ran at {_iso(max(runs))}, and WATCH_COOLDOWN_S is {self.cooldown}"
             if sum(now - at < DAY_S for at in runs) >= self.most:
-                return "ceiling", f"held back: WATCH_MAX is {self.most}, and the hook ran as often within 24 hours"
+                return f"held back: WATCH_MAX is {self.most}, and the hook ran as often within 24 hours"
             # The run is written down first: the hook may cut this machine's own power.
             keep_json(self.file, [*(at for at in runs if now - at < max(DAY_S, self.cooldown)), now])
-        except (OSError, ValueError) as error:
-            return "file", f"held back: {self._unusable(error)}"
+        except (OSError, ValueError, TypeError) as error:
+            return f"held back: {self._unusable(error)}"
         return None
 
     def call(self, variables: dict[str, str]) -> str:
-        """Run the hook, without the secrets, and return how it ended: a hook that fails does not end the watch."""
+        """Run the hook without the secrets, and return how it ended. A hook that fails does not end the watch."""
         start = time.monotonic()
         try:
             run(Command((self.words,), env=variables, alias="hook"), seconds=HOOK_S, whole=True)
@@ -251,14 +238,11 @@ class Hook:
         return f"hook done after {time.monotonic() - start:.0f} s"
 
     def _runs(self) -> list[float]:
-        """The runs so far, in epoch seconds. Raises ValueError if the file holds anything else."""
-        runs = kept_json(self.file) if self.file.exists() else []
-        if not isinstance(runs, list) or not all(type(at) in (int, float) and 0 <= at < 2**40 for at in runs):
-            raise ValueError("the file must be a list of epoch seconds")
-        return runs
+        """The runs so far, in epoch seconds. Raises ValueError or TypeError if the file holds anything else."""
+        return [float(at) for at in kept_json(self.file)] if self.file.exists() else []
 
     def _unusable(self, error: Exception) -> str:
-        why = getattr(error, "strerror", None) or error
+        why = getattr(error, "strerror", "the file must be a list of epoch seconds")
         return f"{self.file} cannot remember when the hook ran, so the hook does not run: {why}."
 
 

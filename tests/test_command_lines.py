@@ -96,11 +96,9 @@ def test_down_by_another_heads_address_is_for_this_node_alone(inv):
     assert said.code and said.out == "" and "--head-ip goes with --here" in said.err
 
 
-def test_a_log_that_cannot_be_read_is_not_called_missing(inv, tmp_path):
-    """A missing log and a log that cannot be read have different messages."""
-    (tmp_path / "file").touch()
-    assert "cannot be read: No such file or directory. The server's " in inv("logs", CACHE_DIR=str(tmp_path)).err
-    assert "cannot be read: Not a directory. The server's " in inv("logs", CACHE_DIR=str(tmp_path / "file")).err
+def test_a_log_that_is_missing_is_said_to_be_elsewhere(inv, tmp_path):
+    """The operator is told on which node to look."""
+    assert "serve.log. The server's log is on the head; a node has one if" in inv("logs", CACHE_DIR=str(tmp_path)).err
 
 
 def test_a_plan_has_one_worker_for_each_address(inv):

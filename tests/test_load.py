@@ -1,12 +1,11 @@
 """A load that is followed: its phase by the server's own log, its expected time, and stuck told from slow."""
 
 import json
-import os
 import pty
-import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +13,9 @@ from invoke import Exit
 
 from cluster import load
 from cluster.api import Answer
-from cluster.load import EVERY_S, PHASES, Load, Phase, Progress, expected_seconds, keep_seconds
+from cluster.load import EVERY_S, PHASES, Load, Phase, Progress
 from cluster.models import find_model
 from cluster.recorder import FRESH_S, LOAD
-from cluster.repository import ROOT
 from cluster.settings import load_settings
 
 BOTH = ("10.0.0.1", "10.0.0.2")
@@ -120,42 +118,30 @@ def test_a_load_that_began_earlier_has_taken_as_long(clock, capsys):
     assert (shown.seconds, capsys.readouterr().err) == (120, "tiny: warm-up, 120 s\n")
 
 
-def test_lines_of_the_log_go_to_standard_output(capsys, monkeypatch):
-    """Unchanged, whatever they hold. If nothing reads them any more, the operator is told that the server runs on."""
-    load.print_line("[bold]100%[/] {x}")
-    assert capsys.readouterr() == ("[bold]100%[/] {x}\n", "")
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone))
-    with pytest.raises(Exit, match="The server runs on"):
-        load.print_line("more")
-
-
 def _gone(*_):
     raise BrokenPipeError(32, "Broken pipe")
 
 
-SHOWS = """
-from cluster import load
-shown = load.Progress("tiny", 90)
-shown.show("weights [50%]")
-load.print_line("[bold]100%[/] " + 60 * "long ")
-shown.stop()
-"""
-
-
 @pytest.mark.parametrize("both", [True, False], ids=["a terminal", "standard output to a file"])
-def test_lines_of_the_log_go_above_the_line_that_changes(both, tmp_path):
+def test_lines_of_the_log_go_above_the_line_that_changes(both, tmp_path, monkeypatch):
     """The line that changes leaves the lines of the log whole, on the same terminal and in a file."""
-    terminal, end = pty.openpty()
-    with (tmp_path / "out").open("wb") as file:
-        words = [sys.executable, "-c", SHOWS]
-        env = {"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": str(ROOT)}
-        subprocess.run(words, stdout=end if both else file, stderr=end, env=env, check=True)
-    os.close(end)
-    shown = os.read(terminal, 10_000).decode()
-    os.close(terminal)
     line = "[bold]100%[/] " + 60 * "long "
-    assert "tiny: weights [50%], 0 s, 90 s expected" in shown
-    assert (line in shown, (tmp_path / "out").read_text()) == ((True, "") if both else (False, f"{line}\n"))
+    terminal, end = pty.openpty()
+    with open(end, "w") as screen, (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(sys, "stdout", screen if both else file)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "80")
+        shown = Progress("tiny", 90)
+        shown.show("weights [50%]")
+        print(line)
+        shown.stop()
+    seen = ""
+    with suppress(OSError), open(terminal, newline="") as master:  # which comes at the terminal's end
+        while read := master.read(1):
+            seen += read
+    assert "tiny: weights [50%], 0 s, 90 s expected" in seen
+    assert (line in seen, (tmp_path / "out").read_text()) == ((True, "") if both else (False, f"{line}\n"))
 
 
 def test_a_terminal_that_is_lost_ends_no_load(clock):
@@ -169,35 +155,36 @@ def test_a_terminal_that_is_lost_ends_no_load(clock):
 # --- How long a load takes -------------------------------------------------------------------------------------------
 
 
-def test_the_next_load_takes_as_long_as_the_last(tmp_path):
-    """Each kind of load, which is a model on its nodes, has a time of its own."""
-    file = tmp_path / "ready.json"
-    assert expected_seconds(file, "nemotron on 10.0.0.1") is None
-    keep_seconds(file, "nemotron on 10.0.0.1", 500.04)
-    keep_seconds(file, "qwen-30b on 10.0.0.1", 900)
-    keep_seconds(file, "nemotron on 10.0.0.1", 480.26)
-    assert expected_seconds(file, "nemotron on 10.0.0.1") == 480.3
-    assert expected_seconds(file, "qwen-30b on 10.0.0.1") == 900
-    assert [file.name for file in tmp_path.iterdir()] == ["ready.json"]
+@pytest.fixture
+def ready(settings, folder, clock, monkeypatch, capsys):
+    """Follows a whole load that takes so many seconds; returns what was said."""
+    monkeypatch.setattr(load, "stream", lambda _: nullcontext(iter(())))
+
+    def follow(seconds, answered_before=False):
+        monkeypatch.setattr(Load, "is_up", lambda _: answered_before)
+        monkeypatch.setattr(Load, "wait_until_up", lambda _: setattr(clock, "now", clock.now + seconds))
+        monkeypatch.setattr(Load, "warm_up", lambda one: one.progress.show("first request", new=True))
+        load.follow_load(settings, BOTH)
+        return capsys.readouterr().err
+
+    return follow
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", "\0", "\udcff", *(f'{{"m": {it}}}' for it in ("7", "[]", "{}", '{"seconds": []}'))]
-)
-def test_a_broken_file_is_begun_anew(text, tmp_path):
-    """No time is expected then, nothing fails, and the next load is kept."""
-    file = tmp_path / "ready.json"
-    file.write_bytes(text.encode(errors="surrogateescape"))
-    assert expected_seconds(file, "m") is None
-    keep_seconds(file, "m", 7)
-    assert expected_seconds(file, "m") == 7
+def test_the_next_load_takes_as_long_as_the_last(ready, folder):
+    """Each model on its nodes has a time of its own. A server that answered before has no load."""
+    assert "expected" not in ready(500.04)
+    assert "nemotron: first request, 480 s, 500 s expected\nReady after 480 s: API at " in ready(480.26)
+    assert "It answers: API at http://10.0.0.1:8000/v1, model " in ready(7, answered_before=True)
+    assert json.loads((folder / "ready.json").read_text()) == {"nemotron on 10.0.0.1, 10.0.0.2": {"seconds": 480.3}}
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):
-    """A load that went well does not fail for want of a note."""
-    (tmp_path / "file").touch()
-    keep_seconds(tmp_path / "file/ready.json", "m", 7)
-    assert "ready.json cannot be written (Not a directory)" in capsys.readouterr().err
+def test_a_file_of_times_that_cannot_be_used_fails_no_load(ready, folder):
+    """A broken file is begun anew. A folder that is gone costs the next load its expected time, and nothing else."""
+    (folder / "ready.json").write_text("{")
+    assert "Ready after 7 s" in ready(7) and "7 s expected" in ready(8)
+    (folder / "ready.json").unlink()
+    folder.rmdir()
+    assert "Ready after 9 s" in ready(9)
 
 
 # --- Following a load ------------------------------------------------------------------------------------------------
@@ -233,13 +220,13 @@ def loading(settings, folder, clock, serving, monkeypatch, capsys):
     over: `docker exec`, which shows the log, has ended.
     """
 
-    def follow(lines=(), looks=3, over=False, stay=False, shown=True):
+    def follow(lines=(), looks=3, over=False, stay=True):
         up = iter([False] * looks + [True])
         monkeypatch.setattr(Load, "is_up", lambda _: next(up))
-        followed = Load(settings, iter(lines), shown, Progress("nemotron"))
+        followed = Load(settings, iter(lines), Progress("nemotron"), stay)
         followed.reader.join()
         followed.reader = SimpleNamespace(is_alive=lambda: not over)
-        followed.wait_until_up(stay)
+        followed.wait_until_up()
         return capsys.readouterr()
 
     return follow
@@ -252,10 +239,18 @@ def wrote(folder, quiet, age=1.0):
 
 
 def test_a_load_is_shown_as_it_goes(loading):
-    """Every line of the log, and a line at each new phase; nothing else once the API listens."""
-    out, err = loading([line for line, _ in LINES[:6]])
-    assert out.splitlines() == [line for line, _ in LINES[:6]] and err == "nemotron: weights, 0 s\n"
-    assert loading([LINES[6][0]], shown=False).out == ""
+    """Every line of the log unchanged, and a line at each new phase; nothing else once the API listens."""
+    lines = [*(line for line, _ in LINES[:6]), "[bold]100%[/] {x}"]
+    out, err = loading(lines)
+    assert out.splitlines() == lines and err == "nemotron: weights, 0 s\n"
+    assert loading(lines, stay=False).out == ""
+
+
+def test_a_standard_output_that_nobody_reads_ends_only_the_view(loading, monkeypatch):
+    """The operator is told that the server runs on."""
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone, isatty=lambda: False))
+    with pytest.raises(Exit, match="The server runs on"):
+        loading(["more"])
 
 
 def test_a_server_that_ends_is_not_waited_for(loading, serving):
@@ -278,8 +273,8 @@ def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
     """The phase and where to look: `up` fails, `launch` says so once and leaves the decision to the operator."""
     wrote(folder, quiet=700)
     with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs$"):
-        loading([LINES[5][0]], looks=9)
-    said = loading([LINES[5][0]], looks=9, stay=True).err
+        loading([LINES[5][0]], looks=9, stay=False)
+    said = loading([LINES[5][0]], looks=9).err
     assert said.count("STUCK in weights") == 1 and said.count(" To end it: inv stop\n") == 1
 
 
@@ -307,7 +302,7 @@ def first_request(settings, serving, monkeypatch, capsys):
 
     def send(answer, over=False):
         monkeypatch.setattr(load, "generate_token", lambda *words: (asked.append(words), looked.wait(5), answer)[-1])
-        followed = Load(settings, iter(["killed"]), True, Progress("nemotron"))
+        followed = Load(settings, iter(["killed"]), Progress("nemotron"), stay=True)
         followed.reader.join()
         followed.reader = SimpleNamespace(is_alive=lambda: looked.set() or not over)
         followed.warm_up()

@@ -480,7 +480,7 @@ def test_one_node_that_moves_is_noted(things, last, noted):
     """The move of one node is enough; a node that does not answer was not seen to be still."""
     found = noted(*[two()] * 4, last)
     assert moved(found) == things and {found[name] for name in set(found) - things} == {20}
-    assert {Recorded(0, last, found).quiet(name.partition(" ")[0]) for name in things} == {0}
+    assert {Recorded(last, found).quiet(name.partition(" ")[0]) for name in things} == {0}
 
 
 def test_a_node_that_does_not_answer_hides_no_other(noted):

@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from invoke import Exit
@@ -38,34 +39,46 @@ def silent(*samples):
     return Look("silent", moving=frozenset(samples))
 
 
-def seen(looks, every=30, outage=None):
-    """The news of looks so many seconds apart, and the looks at which the hook was due, with its variables."""
-    outage = outage or Outage(failures=3, hang=300, clock=lambda: START)
-    said, due = [], []
-    for number, look in enumerate(looks):
-        now = START + number * every
-        outage.clock = lambda now=now: now
-        lines, call = outage.see(look, now)
-        said += lines
-        due += [(number, call)] if call else []
-    return said, due
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only a test moves, by `clock.now`."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: clock.now}))
+    return clock
 
 
-def test_a_success_that_changes_nothing_is_not_said():
+@pytest.fixture
+def seen(clock):
+    """Returns the news of looks so many seconds apart, and the looks at which the hook was due, with its variables."""
+
+    def see(looks, every=30):
+        outage = Outage(failures=3, hang=300, moved=clock.now)
+        said, due = [], []
+        for number, look in enumerate(looks):
+            lines, call = outage.see(look, START + number * every)
+            clock.now += every
+            said += lines
+            due += [(number, call)] if call else []
+        return said, due
+
+    return see
+
+
+def test_a_success_that_changes_nothing_is_not_said(seen):
     """A server that stays well gives one line, and one that says that the watch is armed."""
     said, due = seen([WELL] * 5)
     assert (said[0], len(said), due) == ("well", 2, [])
 
 
-def test_a_clock_that_is_set_makes_no_hang():
+def test_a_clock_that_is_set_makes_no_hang(clock):
     """A machine that has just learnt the time of day, or has slept, has not waited that hour."""
-    outage = Outage(failures=1, hang=300, clock=lambda: 0.0)
+    outage = Outage(failures=1, hang=300, moved=clock.now)
     assert outage.see(WELL, START)[1] is None
     said, due = outage.see(silent(), START + 3600)
     assert due is None and "busy" in said[0]
 
 
-def test_failures_in_a_row_are_due():
+def test_failures_in_a_row_are_due(seen):
     """The hook gets their number and the time of the first; each failure until then is a line."""
     said, due = seen([WELL, DOWN, DOWN, WELL, DOWN, DOWN, DOWN, DOWN])
     first = {"WATCH_EVENT": "down", "WATCH_REASON": "refused", "WATCH_SINCE": "2023-11-14T22:15:20Z"}
@@ -80,7 +93,7 @@ def test_failures_in_a_row_are_due():
     ]
 
 
-def test_nothing_is_due_before_the_server_was_well_once():
+def test_nothing_is_due_before_the_server_was_well_once(seen):
     """A watch that starts while the model loads does not act, says so once, and acts after the first success."""
     said, due = seen([DOWN] * 40)
     assert due == [] and sum(line.startswith("held back") for line in said) == 1 and len(said) == 4
@@ -89,21 +102,21 @@ def test_nothing_is_due_before_the_server_was_well_once():
 
 
 @pytest.mark.parametrize("look", [KEY, AWAY, Look("odd", "404")], ids=lambda look: look.kind)
-def test_what_is_no_failure_is_never_counted(look):
+def test_what_is_no_failure_is_never_counted(look, seen):
     """A wrong key and trouble of the watch's own network are said once per change, and end a row of failures."""
     said, due = seen([WELL, *[look] * 50, WELL])
     assert due == [] and len(said) == 4 and "not counted" in said[2]
     assert seen([WELL, DOWN, DOWN, look, DOWN, DOWN])[1] == []
 
 
-def test_busy_is_never_counted():
+def test_busy_is_never_counted(seen):
     """While something moves, hours without an answer are one line."""
     said, due = seen([WELL, *(silent(("tokens", str(n // 9))) for n in range(500))])
     assert due == [] and len(said) == 3 and said[2].startswith("busy")
 
 
 @pytest.mark.parametrize("look", [silent(("tokens", "7")), Look("silent")], ids=["still", "no metrics"])
-def test_a_hang_counts_once_nothing_moved_for_so_long(look):
+def test_a_hang_counts_once_nothing_moved_for_so_long(look, seen):
     """HANG_S after the last success or move, silence is a failure, whether the metrics answer or not."""
     said, due = seen([WELL] + [look] * 20, every=60)
     assert said[2].startswith("busy") and "failed 1 of 3: no answer, and nothing has moved for 300 s" in said
@@ -111,7 +124,7 @@ def test_a_hang_counts_once_nothing_moved_for_so_long(look):
     assert due[0][0] == (8 if look.moving else 7) and due[0][1]["WATCH_EVENT"] == "hung"
 
 
-def test_metrics_that_come_and_go_are_no_move():
+def test_metrics_that_come_and_go_are_no_move(seen):
     """Samples that are the same after a gap have not moved."""
     looks = [WELL, *[silent(("tokens", "7")), Look("silent")] * 10]
     assert seen(looks, every=60)[1]
@@ -132,8 +145,8 @@ def test_never_twice_within_the_cooldown_nor_too_often_in_a_day(hook):
     """The hook runs again after each cool-down, and at most WATCH_MAX times in any 24 hours."""
     hook.check()
     assert claims(hook, range(0, DAY_S + 7200, 600)) == [0, 3600, 7200, DAY_S, DAY_S + 3600]
-    assert hook.claim(START + DAY_S + 3601)[0] == "cool-down"
-    assert replace(hook, cooldown=0).claim(START + DAY_S + 3601)[0] == "ceiling"
+    assert "WATCH_COOLDOWN_S is 3600" in hook.claim(START + DAY_S + 3601)
+    assert "WATCH_MAX is 3" in replace(hook, cooldown=0).claim(START + DAY_S + 3601)
 
 
 def test_runs_are_remembered_by_the_next_watch(hook):
@@ -144,12 +157,12 @@ def test_runs_are_remembered_by_the_next_watch(hook):
     assert claims(replace(hook), [-DAY_S, -10, 10, 3599]) == []
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[true]", "[NaN]", "[1e99]", '["1"]', "[-1]", "\0", "[null]"])
+@pytest.mark.parametrize("text", ["", "[1, ", "null", "7", "[null]", '["x"]'])
 def test_a_file_that_cannot_be_believed_stops_the_hook(text, hook):
     """A file that is no list of times ends a watch that starts, and holds back the hook of one that runs."""
     hook.check()
     hook.file.write_text(text)
-    assert hook.claim(START)[0] == "file" and hook.file.read_text() == text
+    assert "cannot remember" in hook.claim(START) and hook.file.read_text() == text
     with pytest.raises(Exit, match="cannot remember"):
         hook.check()
 
@@ -157,7 +170,7 @@ def test_a_file_that_cannot_be_believed_stops_the_hook(text, hook):
 def test_a_file_that_cannot_be_written_stops_the_hook(hook):
     """A folder that cannot be made does the same; a watch without a hook needs no file."""
     hook.file.parent.write_text("a file where the folder should be")
-    assert hook.claim(START)[0] == "file"
+    assert "cannot remember" in hook.claim(START)
     with pytest.raises(Exit, match="cannot remember"):
         hook.check()
     replace(hook, words=()).check()
@@ -200,7 +213,7 @@ def test_the_hook_gets_the_event_and_no_secret(operator, tmp_path, capfd):
 
 def test_a_hook_that_does_not_end_is_killed_with_its_children(hook, tmp_path, monkeypatch):
     """The hook's whole process group ends, and the watch goes on."""
-    monkeypatch.setattr(watch, "HOOK_S", 0.3)
+    monkeypatch.setattr(watch, "HOOK_S", 0.05)
     words = ("sh", "-c", 'sleep 60 & echo $! >"$0"; wait', str(tmp_path / "child"))
     assert "was killed" in replace(hook, words=words).call(DUE)
     child = int((tmp_path / "child").read_text())
