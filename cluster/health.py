@@ -119,11 +119,10 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
         return Verdict(State.RANK_LOST, f"The server has ended: {have}", BRING_UP_AGAIN)
     if not server.alive:
         return Verdict(State.NOT_RUNNING, "The server has ended by itself.", "inv logs; then: inv up --model NAME")
-    if recorded and (lost := _without_rank(seen, recorded, server.world_size)):
+    assert answer, "a server that lives has been asked"
+    if recorded and (lost := _without_rank(seen, recorded, answer, server.world_size)):
         why = f"{recorded.ranks} of {server.world_size} ranks live; none on {', '.join(lost)}."
         return Verdict(State.RANK_LOST, why, BRING_UP_AGAIN)
-    if answer is None:
-        return Verdict(State.UNKNOWN, "The API was not asked.")
     if answer.key_wrong:
         why = f"The API answers {answer.status}: VLLM_API_KEY here is not the key that the server was launched with."
         return Verdict(State.KEY_WRONG, why, "set VLLM_API_KEY in .env, or: inv stop, and launch again")
@@ -148,16 +147,15 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
     return Verdict(State.NOT_RUNNING, said + answer.text[:200], LAUNCH_AGAIN)
 
 
-def _without_rank(seen: Seen, recorded: Recorded, world_size: int) -> list[str]:
+def _without_rank(seen: Seen, recorded: Recorded, answer: Answer, world_size: int) -> list[str]:
     """Return the nodes that have lost their rank.
 
     A token that was just generated proves that every rank lives. While a model loads there are no ranks yet. A node
     that missed one look of the recorder may be busy, so it counts as lost only if Ray has lost it too.
     """
-    if recorded.ranks >= world_size or (seen.answer and seen.answer.well):
+    if recorded.ranks >= world_size or answer.well:
         return []
-    loads = seen.answer is not None and seen.answer.refused
-    rankless = [at for at, facts in seen.facts.items() if not facts["ranks"] and not loads]
+    rankless = [at for at, facts in seen.facts.items() if not facts["ranks"] and not answer.refused]
     unheard = [at for at in recorded.nodes if at not in seen.facts]
     return rankless + [at for at in unheard if seen.nodes is not None and at not in seen.nodes]
 
