@@ -256,8 +256,10 @@ def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) 
 
 def _ask_for_token(settings: Settings, server: Served) -> Seen:
     """Ask the API for one token. If none comes in time, see whether the counters moved meanwhile."""
-    before = read_metrics(server.url)
-    answer = generate_token(server.url, settings.get("VLLM_API_KEY"), TOKEN_S)
+    with ThreadPoolExecutor() as pool:  # a server that hangs would keep both questions waiting, one after the other
+        asked = pool.submit(read_metrics, server.url)
+        answer = generate_token(server.url, settings.get("VLLM_API_KEY"), TOKEN_S)
+        before = asked.result()
     after = read_metrics(server.url) if answer.silent else None
     moving = bool(before and after and before.moving != after.moving)
     waited = waited_in_vain(log_folder(settings) / "unanswered.json", answer.silent, float(settings["HANG_S"]))

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from invoke import Exit
 
@@ -69,11 +70,11 @@ def act(outage: Outage, hook: Hook, url: str, look: Look) -> None:
 
 def checked_url(url: str | None) -> str:
     """Return the url without a slash at its end. Raises Exit unless it is http(s)://HOST[:PORT]."""
-    match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::(\d+))?)/?", url or "")
-    if not match or not 0 < int(match[2] or 80) < 2**16:
-        # The url is not repeated: it may hold a password.
-        raise Exit("--url is missing, or no server's address: it takes http://HOST:PORT or https://HOST:PORT, no more.")
-    return match[1]
+    with suppress(ValueError):  # urlsplit refuses a port or an IPv6 address that cannot be one
+        if re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?", url or "") and urlsplit(url or "").port != 0:
+            return (url or "").rstrip("/")
+    # The url is not repeated: it may hold a password.
+    raise Exit("--url is missing, or no server's address: it takes http://HOST:PORT or https://HOST:PORT, no more.")
 
 
 def _tell(*lines: str) -> None:

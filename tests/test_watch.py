@@ -364,7 +364,7 @@ def test_addresses_that_are_taken(url):
     [
         *(None, "", "head:8000", "ftp://head", "http://", "http://head:0", "http://head:65536", "http://head:x"),
         *("http://head/v1", "http://head?x", "http://head#x", "http://me:marker7@head", "http://he ad"),
-        "http://::1:8000",
+        *("http://::1:8000", "http://[:::1]:8000"),
     ],
 )
 def test_addresses_that_are_refused(url):
