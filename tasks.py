@@ -22,6 +22,8 @@ from cluster.settings import ModelSettings, Settings, load_settings
 # The collector would visit every imported object again, most of all at exit: a seventh of a start.
 gc.freeze()
 
+Value = str | None  # of a flag that was given, or was not
+
 # Every argument is a flag. With positional arguments Invoke would take the next word, even --help, for a value.
 verb = partial(task, auto_shortflags=False, positional=[])
 
@@ -42,7 +44,7 @@ JSON = "print JSON on standard output"
 
 
 @verb(help={"model": START, "detach": DETACH})
-def head(c: Context, model: str | None = None, detach: bool = False) -> None:
+def head(c: Context, model: Value = None, detach: bool = False) -> None:
     """Bring this node up as the head."""
     settings = _settings(model)
     net = node.find_network(settings)
@@ -55,11 +57,7 @@ def head(c: Context, model: str | None = None, detach: bool = False) -> None:
     "repository": "refuse unless this repository's files have this sha256, as the head's have",
 })  # fmt: skip
 def worker(
-    c: Context,
-    model: str | None = None,
-    head_ip: str | None = None,
-    detach: bool = False,
-    repository: str | None = None,
+    c: Context, model: Value = None, head_ip: Value = None, detach: bool = False, repository: Value = None
 ) -> None:
     """Bring this node up as a worker."""
     check_repository(repository)
@@ -69,7 +67,7 @@ def worker(
 
 
 @verb(help=LOAD | {"detach": LEAVE})
-def launch(c: Context, model: str, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
+def launch(c: Context, model: str, max_len: Value = None, allow: Value = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
     settings = _model_settings(model, max_len)
     if _dry(c, *server.launch_commands(settings, detach)):
@@ -85,12 +83,7 @@ def launch(c: Context, model: str, max_len: str | None = None, allow: str | None
 
 @verb(help=LOAD | {"fabric": FABRIC, "keep": "leave everything that has started, even if a later step fails"})
 def up(
-    c: Context,
-    model: str,
-    max_len: str | None = None,
-    allow: str | None = None,
-    keep: bool = False,
-    fabric: bool = False,
+    c: Context, model: str, max_len: Value = None, allow: Value = None, keep: bool = False, fabric: bool = False
 ) -> None:
     """Bring all nodes up from the head, serve a model."""
     from cluster import check as checks
@@ -137,7 +130,7 @@ def stop(c: Context) -> None:
 
 
 @verb(help={"here": "only this node", "head-ip": "only if it belongs to this head"})
-def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
+def down(c: Context, here: bool = False, head_ip: Value = None) -> None:
     """End the server and take all nodes down."""
     from cluster import up as all_nodes
 
@@ -156,12 +149,7 @@ def down(c: Context, here: bool = False, head_ip: str | None = None) -> None:
 
 @verb(help=LOAD | {"json": JSON, "fabric": FABRIC})
 def check(
-    c: Context,
-    model: str,
-    max_len: str | None = None,
-    allow: str | None = None,
-    json: bool = False,
-    fabric: bool = False,
+    c: Context, model: str, max_len: Value = None, allow: Value = None, json: bool = False, fabric: bool = False
 ) -> None:
     """Find what would go wrong, without loading anything."""
     from cluster import check as checks
@@ -182,7 +170,7 @@ def check(
 
 
 @verb(help={"csv": "a file to write the same to"})
-def memory(c: Context, csv: str | None = None) -> None:
+def memory(c: Context, csv: Value = None) -> None:
     """Print every node's available memory until Ctrl-C."""
     from cluster import recorder
 
@@ -200,7 +188,7 @@ def cleanup(c: Context, yes: bool = False) -> None:
 
 
 @verb(help={"model": MODEL, "max-len": MAX_LEN})
-def plan(c: Context, model: str, max_len: str | None = None) -> None:
+def plan(c: Context, model: str, max_len: Value = None) -> None:
     """Print what every node would run, touching nothing."""
     from cluster import check as checks
 
@@ -213,7 +201,7 @@ def plan(c: Context, model: str, max_len: str | None = None) -> None:
 
 
 @verb(name="build-image", help={"base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)"})
-def build_image(c: Context, base_image: str | None = None, tag: str | None = None) -> None:
+def build_image(c: Context, base_image: Value = None, tag: Value = None) -> None:
     """Build the image that every node runs."""
     command = image.build_command(_settings(BASE_IMAGE=base_image, TAG=tag))
     if not _dry(c, command):
@@ -286,7 +274,7 @@ def _bring_up(c: Context, commands: Sequence[Command], guard: Callable[[], None]
         tell(f"started {started}")  # `inv up` reads this line to know which nodes it may take down
 
 
-def _settings(name: str | None = None, **flags: str | None) -> Settings:
+def _settings(name: Value = None, **flags: str | None) -> Settings:
     settings = load_settings(find_model(name) if name is not None else None, flags)
     say(*settings.notes, *settings.overridden())
     return settings
@@ -304,7 +292,7 @@ def _launcher(model: Model) -> Task:
     """Return the task `launch-NAME` of one model."""
 
     @verb(name=f"launch-{model.name.replace('.', '-')}", help={"max-len": MAX_LEN, "allow": ALLOW, "detach": LEAVE})
-    def launch_model(c: Context, max_len: str | None = None, allow: str | None = None, detach: bool = False) -> None:
+    def launch_model(c: Context, max_len: Value = None, allow: Value = None, detach: bool = False) -> None:
         launch(c, model.name, max_len, allow, detach)
 
     launch_model.__doc__ = f"The same as launch --model {model.name}."

@@ -107,7 +107,7 @@ def before_launch(settings: ModelSettings) -> Container:
 
 
 def before_stop() -> None:
-    if not is_serving(running_node("There is nothing to stop.")):
+    if not server.server_runs(running_node("There is nothing to stop.")):
         raise Exit("No server runs in this node's container.")
 
 
@@ -126,12 +126,8 @@ def ray_answers(settings: Settings) -> None:
 
 
 def nothing_serves(head: Container) -> None:
-    if is_serving(head):
+    if server.server_runs(head):
         raise Exit("A server runs in this container already. Type: inv stop")
-
-
-def is_serving(head: Container) -> bool:
-    return server.server_runs(head)
 
 
 def _check_variables(settings: ModelSettings, head: Container) -> None:

@@ -196,7 +196,7 @@ class Load:
             except OSError:
                 raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
         # `docker exec` may end before the server does.
-        if over and not guards.is_serving(guards.running_node("Type: inv up --model NAME")):
+        if over and not server.server_runs(guards.running_node("Type: inv up --model NAME")):
             last = "\n".join(f"  {line}" for line in self.last)
             raise Exit(f"The server has ended. The last lines of its log:\n{last}\nAll of it: inv logs")
         return began

@@ -308,7 +308,7 @@ def take_down_here(head_ip: str | None = None) -> None:
 def _stop_server() -> None:
     """Stop the server if one runs. A server that cannot be stopped ends with its container."""
     try:
-        if guards.is_serving(guards.running_node("")):
+        if server.server_runs(guards.running_node("")):
             run(server.stop_command(), whole=True)
     except Exit as error:
         say(str(error.message))

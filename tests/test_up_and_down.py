@@ -120,7 +120,7 @@ def site(operator, tmp_path):
         (guards, "before_launch", lambda _: None),
         (guards, "the_head", lambda _: None),
         (guards, "running_node", lambda _: None),
-        (guards, "is_serving", lambda _: made.serving is not None or "server" in made.did),
+        (server, "server_runs", lambda _: made.serving is not None or "server" in made.did),
         (up, "run", runs),
         (check, "inspect", lambda *_: found),
         (options, "gated", lambda settings, *_: (settings, (), ())),
@@ -382,12 +382,12 @@ def test_down_takes_down_all_of_it(standing, capsys):
     assert "node-ray was removed (running, 1 min old)." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["is_serving", "stop"])
+@pytest.mark.parametrize("what", ["server_runs", "stop"])
 def test_a_server_that_cannot_be_stopped_keeps_no_node_up(what, standing, operator, capsys):
     """The server ends with its node. That is said, and is no failure."""
     standing.fails("stop", "the server does not go")
-    if what == "is_serving":
-        operator.setattr(guards, "is_serving", lambda _: standing.step("stop"))
+    if what == "server_runs":
+        operator.setattr(server, "server_runs", lambda _: standing.step("stop"))
     up.take_down(standing.settings)
     assert standing.undone == ["new down", "old down", "remove", "stop"]
     assert "the server does not go" in capsys.readouterr().err
