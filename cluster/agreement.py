@@ -1,21 +1,19 @@
-"""The nodes compared before a model is loaded: each rule finds one way in which they differ, or lack what they need.
+"""The rules that compare the nodes before a model is loaded.
 
 Nodes that differ still load a model, for many minutes. Then they hang, or answer nonsense, without a word of the cause.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from invoke import Exit
-
 from cluster.engine import container_environment
 from cluster.finding import Finding, vllm_version
+from cluster.node import INSIDE
 from cluster.options import ask_inside
 from cluster.repository import repository_digest
 from cluster.settings import Settings
@@ -35,7 +33,7 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Node:
-    """One alive node: its address, host name and number of GPUs by Ray, and the facts that its container told."""
+    """One alive node: its address, host name and GPUs by Ray, and the facts by inside/probe.py."""
 
     address: str
     hostname: str
@@ -43,91 +41,95 @@ class Node:
     facts: dict[str, Any]
 
     def __getitem__(self, fact: str) -> Any:  # noqa: ANN401 - facts are JSON of any form
-        """The fact, or Unknown."""
+        """Return the fact, or Unknown."""
         told = self.facts.get(fact, {"unknown": self.facts.get("unknown", "the probe did not say")})
         return Unknown(told["unknown"]) if isinstance(told, dict) and "unknown" in told else told
 
     def variable(self, name: str) -> str | None:
-        """A variable that the container started with; None if it has none, or could not be asked."""
+        """Return a variable that the container started with; None if there is none, or it could not be asked."""
         env = self["environment"]
         return None if isinstance(env, Unknown) else env.get(name)
 
 
 def ask_nodes(head: Container, names: Sequence[str] = ()) -> list[Node]:
-    """Every alive node, the head first, with the variables called names; raises Exit if Ray could not be asked."""
-    answer = ask_inside(head, 30, "probe.py", secrets.token_hex(16), *names)
-    try:
-        found = [Node(**told) for told in json.loads(answer.splitlines()[-1])]
-    except (ValueError, IndexError, TypeError):
-        raise Exit(f"Ray's answer in {head.name} is no list of nodes: {answer[-200:]!r}") from None
+    """Return every alive node, the head first. Their environments include the variables called names.
+
+    Raises Exit if Ray could not be asked.
+    """
+    words = ("python3", f"{INSIDE}/probe.py", secrets.token_hex(16), *names)
+    found = ask_inside(head, 30, lambda told: [Node(**one) for one in told], *words)
     own = container_environment(head).get("VLLM_HOST_IP")
     return sorted(found, key=lambda node: (node.address != own, node.address))
 
 
-# --- Facts that must be the same on every node ------------------------------------------------------------------------
+# --- The rules that compare one fact ----------------------------------------------------------------------------------
 
-ONE_IMAGE = "{fact} is {here} on {head} and {there} on {node}. Give both one image: {copy}"
-# The rule, the fact, whether a difference refuses, and a sentence for each node whose fact is not the head's.
-SAME = (
-    ("wrapper", "wrapper", True, "The containers were started differently: {head} alone has {here}, {node} alone has "
-     "{there}. Bring both up from one version of this repository, with the same --model."),
-    # A warning, because whatever decides how a node runs is compared by itself.
-    ("wrapper", "repository", False, "{head} and {node} were started from different versions of this repository: "
-     "sha256 {here:.12} and {there:.12}. In both checkouts: git status; git pull; then inv down, and bring both up."),
-    *(("versions", package, True, ONE_IMAGE) for package in ("vllm", "ray", "python", "torch")),
-    ("token", "token", True, "Ray's token differs: {head} has {here}, {node} has {there} (hashes, not the tokens). "
-     "Copy the head's file at RAY_AUTH_TOKEN_PATH to {node}, and bring both up again."),
-    ("network", "network", True, "The control links are in different networks: {head} in {here}, {node} in {there}. "
-     "Set PRIMARY_IF or the addresses (ip -4 address)."),
-)  # fmt: skip
+PACKAGES = ("vllm", "ray", "python", "torch")
+# The rule of each fact, by which a fact that could not be asked is refused.
+RULE_OF = {
+    **{rule: rule for rule in ("gpus", "wrapper", "token", "image", "network", "links")},
+    "host": "hosts",
+    "environment": "variables",
+    **dict.fromkeys(PACKAGES, "versions"),
+    **dict.fromkeys(("infiniband", "memlock", "ipc_lock"), "rdma"),
+}
+# A fact, and the sentence about a node whose fact is not the head's.
+SAME = {
+    "wrapper": "The containers were started differently: {head} alone has {here}, {node} alone has {there}. Bring both "
+    "up from one version of this repository, with the same --model.",
+    "image": "The images differ: {head} runs {here:.19}, {node} runs {there:.19}. From this node: {copy}",
+    **dict.fromkeys(PACKAGES, "{fact} is {here} on {head} and {there} on {node}. Give both one image: {copy}"),
+    "token": "Ray's token differs: {head} has {here}, {node} has {there} (hashes, not the tokens). Copy the head's "
+    "file at RAY_AUTH_TOKEN_PATH to {node}, and bring both up again.",
+    "network": "The control links are in different networks: {head} in {here}, {node} in {there}. Set PRIMARY_IF or "
+    "the addresses (ip -4 address).",
+}
 
 
 def find_disagreements(nodes: Sequence[Node], settings: Settings) -> list[Finding]:
-    """All that the rules find; nodes has the head first."""
-    rules = (_enough, _hosts, _gpus, _same, _checkout, _variables, _image, _rdma, _nic_lists, _links)
+    """Return everything that the rules find. The first of the nodes is the head."""
+    rules = (_unknown, _enough, _hosts, _gpus, _same, _checkout, _variables, _rdma, _nic_lists, _links)
     return [found for rule in rules for found in rule(nodes, settings)]
 
 
+def _told(nodes: Sequence[Node], *facts: str) -> list[tuple[Any, ...]]:
+    """Return the nodes that told all of these facts, each in a row with the facts."""
+    rows = [(node, *(node[fact] for fact in facts)) for node in nodes]
+    return [row for row in rows if not any(isinstance(fact, Unknown) for fact in row)]
+
+
+def _unlike(nodes: Sequence[Node], fact: str) -> Iterator[tuple[Node, Any, Any]]:
+    """Yield each node whose fact is not the head's, with the head's fact and its own."""
+    here = nodes[0][fact]
+    for node, there in _told(nodes[1:], fact):
+        if here != there and not isinstance(here, Unknown):
+            yield node, here, there
+
+
+def _unknown(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
+    for node in nodes:
+        over_tcp = node.variable("NCCL_IB_DISABLE") == "1"
+        for fact, rule in RULE_OF.items():
+            if isinstance(told := node[fact], Unknown) and not (over_tcp and rule == "rdma"):
+                yield Finding(rule, f"{node.address}: {fact} could not be asked ({told.reason}), so it may be wrong.")
+
+
 def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    for rule, fact, refuses, sentence in SAME:
-        yield from _unknown(rule, nodes, fact)
+    for fact, sentence in SAME.items():
         for node, here, there in _unlike(nodes, fact):
             if fact == "wrapper":
                 ours, theirs = shlex.split(here["words"]), shlex.split(there["words"])
                 here = shlex.join(word for word in ours if word not in theirs) or "nothing"
                 there = shlex.join(word for word in theirs if word not in ours) or "nothing"
             names = {"fact": fact, "head": nodes[0].address, "node": node.address, "copy": _copy_image(node, settings)}
-            yield Finding(rule, sentence.format(here=here or "none", there=there or "none", **names), refuses)
-
-
-def _unlike(nodes: Sequence[Node], fact: str) -> Iterator[tuple[Node, Any, Any]]:
-    """Each node whose fact is not the head's, with the head's and its own; nodes with an unknown one are left out."""
-    for node in nodes[1:]:
-        here, there = nodes[0][fact], node[fact]
-        if here != there and not isinstance(here, Unknown) and not isinstance(there, Unknown):
-            yield node, here, there
-
-
-def _unknown(rule: str, nodes: Sequence[Node], *facts: str) -> Iterator[Finding]:
-    """A finding for each of these facts that a node could not be asked."""
-    for node in nodes:
-        for fact in facts:
-            if isinstance(told := node[fact], Unknown):
-                yield Finding(rule, f"{node.address}: {fact} could not be asked ({told.reason}), so it may be wrong.")
-
-
-def _telling(nodes: Sequence[Node], *facts: str) -> list[Node]:
-    """The nodes that told all of these facts."""
-    return [node for node in nodes if not any(isinstance(node[fact], Unknown) for fact in facts)]
+            text = sentence.format(here=here or "none", there=there or "none", **names)
+            # An image is told as its id and the digest of its base. Another build of one base is a warning.
+            one_base = fact == "image" and here.partition(" ")[2] == there.partition(" ")[2] != ""
+            yield Finding(RULE_OF[fact], text, refuses=not one_base)
 
 
 def _copy_image(node: Node, settings: Settings) -> str:
     return f"docker save {shlex.quote(settings['VLLM_IMAGE'])} | ssh {node.address} docker load"
-
-
-def _bring_up(settings: Settings) -> str:
-    """The command that brings a node up for this model."""
-    return f"inv head or inv worker{f' --model {settings.model.name}' if settings.model else ''}"
 
 
 # --- The other rules --------------------------------------------------------------------------------------------------
@@ -141,10 +143,9 @@ def _enough(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    yield from _unknown("hosts", nodes, "host")
     first: dict[str, Node] = {}
-    for node in _telling(nodes, "host"):
-        twin = first.setdefault(node["host"], node)
+    for node, host in _told(nodes, "host"):
+        twin = first.setdefault(host, node)
         if twin is not node:
             whose = "the head's own machine" if twin is nodes[0] else f"the machine of {twin.address}"
             text = f"The worker {node.address} was started on {whose} ({twin.hostname}), so both ranks would share one "
@@ -152,27 +153,28 @@ def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    yield from _unknown("gpus", nodes, "gpus")
-    for node in _telling(nodes, "gpus"):
-        if len(node["gpus"]) != 1:
-            yield Finding("gpus", f"{node.address} has {len(node['gpus'])} GPUs in its container; a Spark has one.")
+    for node, gpus in _told(nodes, "gpus"):
+        if len(gpus) != 1:
+            yield Finding("gpus", f"{node.address} has {len(gpus)} GPUs in its container; a Spark has one.")
 
 
 def _checkout(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    started, now = nodes[0]["repository"], repository_digest()
-    if started != now and not isinstance(started, Unknown):
+    """Another version of this repository is a warning: whatever decides how a node runs is compared by itself."""
+    now = repository_digest()
+    started = [(node.address, digest or "none") for node, digest in _told(nodes, "repository") if digest != now]
+    if started:
         text = (
-            f"This checkout has changed since the head was started: sha256 {started!s:.12}, now {now:.12}. The "
-            "scripts in the containers are new already, the rest is as it was. To start anew: inv down; then inv up"
+            f"This checkout (sha256 {now:.12}) is not the version of this repository that started "
+            f"{', '.join(f'{address} ({digest:.12})' for address, digest in started)}. In both checkouts: git status; "
+            "git pull; then inv down; then inv up"
         )
         yield Finding("wrapper", text, refuses=False)
 
 
 def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every container started with the value of each forwarded variable that the model's profile has now."""
-    yield from _unknown("variables", nodes, "environment")
+    """Every container must have started with the value that each forwarded variable has in the model's profile."""
     for name in settings.forward:
-        values = {node.address: node.variable(name) for node in _telling(nodes, "environment")}
+        values = {node.address: env.get(name) for node, env in _told(nodes, "environment")}
         if set(values.values()) - {settings[name]}:
             told = ", ".join(f"{address} has {'none' if value is None else value}" for address, value in values.items())
             text = (
@@ -182,32 +184,20 @@ def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             yield Finding("variables", text)
 
 
-def _image(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """The same image. Another build of the same base is a warning."""
-    yield from _unknown("image", nodes, "image")
-    for node, here, there in _unlike(nodes, "image"):
-        (our_id, _, our_base), (their_id, _, their_base) = here.partition(" "), there.partition(" ")
-        one_base = bool(our_base) and our_base == their_base
-        if our_id != their_id:
-            text = (
-                f"The images differ: {nodes[0].address} runs {our_id[:19]}, {node.address} runs {their_id[:19]}, built "
-                f"from {'the same base' if one_base else 'different bases'}. From this node: "
-            )
-            yield Finding("image", text + _copy_image(node, settings), refuses=not one_base)
+def _bring_up(settings: Settings) -> str:
+    return f"inv head or inv worker{f' --model {settings.model.name}' if settings.model else ''}"
 
 
 def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Where RDMA was asked for: its devices, the right to lock memory, and no limit to it."""
+    """RDMA needs its devices, the right to lock memory, and no limit to the locked memory."""
     for node in nodes:
         if node.variable("NCCL_IB_DISABLE") == "1":
             continue
-        yield from _unknown("rdma", [node], "infiniband", "memlock", "ipc_lock")
         if node["infiniband"] == [] or node["ipc_lock"] is False:
             lack = "no device in /dev/infiniband" if node["infiniband"] == [] else "no right to lock memory (IPC_LOCK)"
             text = (
-                f"{node.address}: the container has {lack}, so NCCL would fall back to TCP without complaint. On that "
-                "node: ls /dev/infiniband; if it is gone, a cold boot; then bring the node up again. TCP on purpose: "
-                "RDMA_HCAS= on every node."
+                f"{node.address}: the container has {lack}, so NCCL would use TCP. On that node: ls /dev/infiniband; "
+                "if it is gone, a cold boot; then bring the node up again. TCP on purpose: RDMA_HCAS= on every node."
             )
             yield Finding("rdma", text)
         if isinstance(node["memlock"], int) and node["memlock"] != -1:
@@ -220,8 +210,8 @@ def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Where the nodes' lists of RoCE devices differ, the vLLM that will run leaves each node its own."""
-    lists = {node.address: node.variable("NCCL_IB_HCA") for node in _telling(nodes, "environment")}
+    """Nodes may have different lists of RoCE devices if the vLLM that will run leaves each node its own list."""
+    lists = {node.address: env.get("NCCL_IB_HCA") for node, env in _told(nodes, "environment")}
     if len(set(lists.values())) > 1:
         vllm, kept = nodes[0]["vllm"], nodes[0]["own_variables"]
         # RayExecutorV2, from 0.21 on, keeps a worker's own value. The older executor takes the head's for each variable
@@ -235,16 +225,15 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every interface that a container uses is up, with the head's MTU; another number of devices is a warning."""
-    yield from _unknown("links", nodes, "links")
+    """Every interface that a container uses must be up, with the head's MTU. Another number of devices is a warning."""
     sides = []
-    for node in _telling(nodes, "links", "environment"):
-        names = f"{node.variable('NCCL_SOCKET_IFNAME') or ''},{node.variable('TP_SOCKET_IFNAME') or ''}".split(",")
-        links = {name: node["links"].get(name, {"state": "missing"}) for name in sorted(set(names)) if name}
-        mtus = sorted({link["mtu"] for link in links.values() if "mtu" in link})
-        devices = (node.variable("NCCL_IB_HCA") or "").split(",")
+    for node, links, env in _told(nodes, "links", "environment"):
+        names = f"{env.get('NCCL_SOCKET_IFNAME', '')},{env.get('TP_SOCKET_IFNAME', '')}".split(",")
+        used = {name: links.get(name, {"state": "missing"}) for name in sorted(set(names) - {""})}
+        mtus = sorted({link["mtu"] for link in used.values() if "mtu" in link})
+        devices = env.get("NCCL_IB_HCA", "").split(",")
         sides.append((node.address, " and ".join(map(str, mtus)) or "none", len(devices)))
-        for name, link in links.items():
+        for name, link in used.items():
             if link["state"] != "up":
                 text = (
                     f"{node.address}: {name} is {link['state']}, and its container was told to use it, which can stall "

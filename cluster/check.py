@@ -1,4 +1,4 @@
-"""Everything that is found out before a model is loaded: the nodes, their memory, the image's options, the network."""
+"""The report before a model is loaded: the nodes, their memory, the image's options, the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster.agreement import Node, Unknown, ask_nodes, find_disagreements
+from cluster.agreement import Node, ask_nodes, find_disagreements
 from cluster.command import say
 from cluster.fabric import ask_fabric, fabric_findings, fabric_summary
 from cluster.finding import Finding
@@ -33,7 +33,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was found. `settings` are those to go on with, which IMAGE_GATES=auto may have changed."""
+    """Everything that was found. `settings` are those to go on with, which IMAGE_GATES=auto may have changed."""
 
     settings: ModelSettings
     nodes: Sequence[Node]
@@ -43,40 +43,41 @@ class Inspection:
 
 
 def inspect(settings: ModelSettings, head: Container) -> Inspection:
-    """Ask the image and every node, and compute the memory; raises Exit if the image or Ray could not be asked."""
+    """Ask the image and every node, and compute the memory. Raises Exit if the image or Ray could not be asked."""
     known = known_options(head, settings)
     settings, said, lacking = gated(settings, head, known)
     nodes = ask_nodes(head, settings.forward)
-    differing = find_disagreements(nodes, settings)
+    found = [*lacking, *find_disagreements(nodes, settings)]
+    budgets: Sequence[Budget] = ()
     if (server := ask_server(head)) and server.alive:
-        return Inspection(settings, nodes, (), [*differing, *lacking], [*said, _occupied(server, nodes)])
-    memory = [_memory(node) for node in nodes]
-    budgets, short = memory_budgets(settings, memory, known.vllm, Path(mounts(settings)[HF_CACHE]))
-    return Inspection(settings, nodes, budgets, [*differing, *short, *lacking], said)
+        said = [*said, _occupied(server, nodes)]
+    else:
+        memory = [_memory(node) for node in nodes]
+        budgets, short = memory_budgets(settings, memory, known.vllm, Path(mounts(settings)[HF_CACHE]))
+        found += short
+    return Inspection(settings, nodes, budgets, sorted(found, key=lambda one: RULES.index(one.rule)), said)
 
 
 def foresee(settings: ModelSettings) -> Inspection:
-    """The memory of a Spark as the article had two, computed without asking a node."""
+    """Compute the memory of one of the article's Sparks, without asking a node."""
     budgets, unfit = memory_budgets(settings, [SPARK], "0.21.0", None)  # the vLLM of NGC's 26.05.post1
     return Inspection(settings, (), budgets, unfit)
 
 
 def proved(found: Inspection, head: Container) -> Inspection:
-    """The same with the result of an all-reduce between the nodes; raises Exit if Ray could not be asked."""
+    """Add the result of an all-reduce between the nodes. Raises Exit if Ray could not be asked."""
     ranks = ask_fabric(head)
     findings = [*found.findings, *fabric_findings(ranks)]
     return replace(found, findings=findings, said=[*found.said, *fabric_summary(ranks)])
 
 
 def _memory(node: Node) -> NodeMemory:
-    told = node["memory"]
-    if isinstance(told, Unknown):
-        return NodeMemory(node.address, None, None)
-    return NodeMemory(node.address, told["MemTotal"], told["MemAvailable"])
+    told = node.facts.get("memory", {})
+    return NodeMemory(node.address, told.get("MemTotal"), told.get("MemAvailable"))
 
 
 def _occupied(server: Served, nodes: Sequence[Node]) -> str:
-    """A sentence in place of the memory rules: judged beside a server that runs, its memory would count twice."""
+    """Return a sentence in place of the memory rules, which would count the memory of a running server twice."""
     share = dict(given_options(server.words)).get("--gpu-memory-utilization", ["vLLM's default"])[0]
     left = [f"{one.address} {in_gib(_memory(one).available)} GiB" for one in nodes]
     return (
@@ -90,7 +91,7 @@ def _occupied(server: Served, nodes: Sequence[Node]) -> str:
 
 
 def rule_names(text: str | None) -> list[str]:
-    """The rules that `--allow` names, comma separated; raises Exit for a name that no rule has."""
+    """Return the rules that `--allow` names, comma separated. Raises Exit for a name that no rule has."""
     names = [name for name in (text or "").split(",") if name]
     if strangers := sorted(set(names) - set(RULES)):
         raise Exit(f"--allow names {', '.join(strangers)}; the rules are {', '.join(RULES)}.")
@@ -98,32 +99,29 @@ def rule_names(text: str | None) -> list[str]:
 
 
 def tell_inspection(found: Inspection, allowed: Sequence[str] = ()) -> None:
-    """Print each node's memory and every finding; raises Exit if one refuses whose rule is not allowed."""
+    """Print each node's memory and every finding. Raises Exit if one refuses whose rule is not allowed."""
     say(*found.said, *_table(found))
-    refusing = [one for one in found.findings if one.refuses]
-    refused = [one for one in refusing if one.rule not in allowed]
     for one in found.findings:
-        mark = "REFUSED" if one in refused else "ALLOWED" if one.refuses else "WARNING"
+        mark = "WARNING" if not one.refuses else "ALLOWED" if one.rule in allowed else "REFUSED"
         say(f"{mark} {one.rule}: {one.text}")
-    if passed := [one for one in refusing if one not in refused]:
+    rules = dict.fromkeys(one.rule for one in found.findings if one.refuses)
+    if passed := [rule for rule in rules if rule in allowed]:
         from rich.console import Console
 
-        text = f"PASSED OVER by --allow: {', '.join(dict.fromkeys(one.rule for one in passed))}"
-        Console(stderr=True, highlight=False).print(text, style="bold red", markup=False)
-    if refused:
-        names = ",".join(dict.fromkeys(one.rule for one in refused))
-        raise Exit(f"Refused by {len(refused)} findings; nothing was loaded. Mended is better than --allow {names}")
+        Console(stderr=True, highlight=False).print(f"[bold red]PASSED OVER by --allow: {', '.join(passed)}")
+    if refused := [rule for rule in rules if rule not in allowed]:
+        raise Exit(f"Nothing was loaded. To mend what was refused is better than --allow {','.join(refused)}")
 
 
 def foretell(found: Inspection) -> None:
-    """Print the memory of an ordinary Spark. Nothing is refused, since no node was asked."""
+    """Print the memory of one of the article's Sparks. Nothing is refused, because no node was asked."""
     say("Memory of each node, computed for a Spark as the article had two:", *_table(found))
     for one in found.findings:
         say(f"{'WOULD BE REFUSED' if one.refuses else 'WARNING'} {one.rule}: {one.text}")
 
 
 def as_json(found: Inspection) -> str:
-    """The nodes with their facts, the memory in bytes and the findings, for a machine."""
+    """Return the nodes with their facts, the memory in bytes and the findings."""
     return json.dumps(
         {
             "model": found.settings.model.name,

@@ -1,7 +1,7 @@
 """The network between the nodes, proved by one all-reduce that is timed and logged.
 
-No list of devices tells the transport of the data plane: NCCL falls back to TCP without a word. The all-reduce needs
-every node's GPU and 256 MiB on each, so it cannot run while a server does. The caller has to look first.
+No list of devices tells the transport of the data plane, because NCCL falls back to TCP without a word. The all-reduce
+needs every node's GPU and 256 MiB on each, so the caller has to make sure first that no server runs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from invoke import Exit
-
 from cluster.finding import Finding
-from cluster.node import CONTAINER
+from cluster.node import CONTAINER, INSIDE
 from cluster.options import ask_inside
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
 SECONDS = 60
-BYTES = 256 * 2**20
 # NCCL's src/transport/net.cc: "Channel 00/0 : 0[0] -> 1[0] [send] via NET/IB/0". A plugin has a name of its own in
 # place of IB ("IBext_v10", "NCCL RDMA Plugin v10").
 VIA = re.compile(r"Channel \d+/\d+ : \S+ -> \S+ \[(?:send|receive)\] via NET/([^/\n]+)/(\d+)")
@@ -35,7 +32,7 @@ COMBINED = re.compile(r"NET/\S+ : Made virtual device \[(\d+)\] name=(\S+)")
 
 @dataclass(frozen=True)
 class Rank:
-    """One node's part in the all-reduce; `error` says why there is none. `seconds` is the time of one all-reduce.
+    """One node's part in the all-reduce. `seconds` is the time of one all-reduce, `error` the reason why there is none.
 
     `transports` are the channels between the nodes by NCCL's names (`Socket` is TCP), `devices` those behind them.
     """
@@ -54,12 +51,14 @@ class Rank:
 
     @property
     def route(self) -> str:
+        if self.backend == "gloo":
+            return f"gloo on {self.environment.get('GLOO_SOCKET_IFNAME', 'any interface')}"
         over = " and ".join(f"NET/{name}" for name in self.transports)
         return f"{over} on {', '.join(self.devices)}" if over else "no network"
 
     @property
     def hcas(self) -> str:
-        """The RoCE devices that NCCL was told to use, as NCCL_IB_HCA has them; empty if it was told to use TCP."""
+        """The RoCE devices that NCCL was told to use, as NCCL_IB_HCA has them. Empty if NCCL was told to use TCP."""
         return "" if self.environment.get("NCCL_IB_DISABLE") == "1" else self.environment.get("NCCL_IB_HCA", "")
 
     @property
@@ -71,21 +70,17 @@ class Rank:
         return [name for name in names if not any(used.startswith(name) for used in self.devices)]
 
 
-def ask_fabric(head: Container, size: int = BYTES) -> list[Rank]:
-    """All-reduce so many bytes (at most BYTES) between all alive nodes, in at most SECONDS; the head's rank is first.
+def ask_fabric(head: Container) -> list[Rank]:
+    """Time an all-reduce between all alive nodes, in at most SECONDS, and return the ranks, the head's first.
 
-    Nothing stays in the containers. After a Ctrl-C here the all-reduce ends by itself. Raises Exit if Ray could not be
-    asked.
+    Nothing stays in the containers, and the all-reduce ends by itself after a Ctrl-C here. Raises Exit if Ray could not
+    be asked.
     """
-    answer = ask_inside(head, SECONDS, "fabric.py", str(min(size, BYTES)))
-    try:
-        return [read_rank(told) for told in json.loads(answer.splitlines()[-1])]
-    except (ValueError, IndexError, TypeError, KeyError):
-        raise Exit(f"Ray's answer in {head.name} is no list of ranks: {answer[-200:]!r}") from None
+    return ask_inside(head, SECONDS, lambda told: [read_rank(one) for one in told], "python3", f"{INSIDE}/fabric.py")
 
 
 def read_rank(told: dict[str, Any]) -> Rank:
-    """A rank from the answer of inside/fabric.py."""
+    """Read a rank from the answer of inside/fabric.py."""
     where = {"address": told["address"], "hostname": told["hostname"]}
     if "error" in told:
         return Rank(**where, error=told["error"])
@@ -93,7 +88,7 @@ def read_rank(told: dict[str, Any]) -> Rank:
     rank = Rank(**where, environment=told["environment"], transports=transports, devices=devices)
     if told["status"] == 0:
         return replace(rank, **json.loads(told["told"].splitlines()[-1]))
-    # Later warnings are echoes of the first. Without one the last line tells most.
+    # Later warnings are echoes of the first. Without a warning the last line tells most.
     causes = re.findall("NCCL WARN (.+)", told["log"]) or told["log"].strip().splitlines()[-1:] or ["it said nothing"]
     # timeout(1) ended it by KILL, which Python calls -9 and a shell 137.
     end = "it hung" if told["status"] in (-9, 137) else f"status {told['status']}"
@@ -102,7 +97,7 @@ def read_rank(told: dict[str, Any]) -> Rank:
 
 
 def read_log(log: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The transports and devices of the channels in NCCL's log. An offer alone is no choice."""
+    """Return the transports and the devices of the channels in NCCL's log. An offered device may stay unused."""
     names: dict[tuple[bool, str], list[str]] = {}
     for transport, offered in USING.findall(log):
         names |= {(transport == "Socket", index): [name] for index, name in DEVICE.findall(offered)}
@@ -113,12 +108,8 @@ def read_log(log: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def fabric_summary(ranks: Sequence[Rank]) -> list[str]:
-    """The route of each rank and, if all of several have answered, the rate."""
-    said = []
-    for rank in ranks:
-        gloo = f"{rank.backend} on {rank.environment.get('GLOO_SOCKET_IFNAME', 'any interface')}"
-        if not rank.error:
-            said.append(f"{rank.address} ({rank.hostname}): {rank.route if rank.backend == 'nccl' else gloo}")
+    """Return the route of each rank and, if all of several have answered, the rate."""
+    said = [f"{rank.address} ({rank.hostname}): {rank.route}" for rank in ranks if not rank.error]
     if len(said) == len(ranks) > 1:
         # https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "AllReduce": algbw and busbw.
         rate = ranks[0].size / max(rank.seconds for rank in ranks)
@@ -134,7 +125,7 @@ def fabric_summary(ranks: Sequence[Rank]) -> list[str]:
 
 
 def fabric_findings(ranks: Sequence[Rank]) -> list[Finding]:
-    """All that is wrong, under the rule `fabric`. A device that was not used is a warning."""
+    """Return everything that is wrong, under the rule `fabric`. A device that was not used is a warning."""
     if len(ranks) < 2:
         return [Finding("fabric", "Ray has one node, so there is no fabric to prove. On the other node: inv worker")]
     silent = [
@@ -158,9 +149,7 @@ def _different(ranks: Sequence[Rank]) -> Iterator[Finding]:
 
 
 def _slow(ranks: Sequence[Rank]) -> Iterator[Finding]:
-    for rank in ranks:
-        if rank.backend != "nccl" or not rank.hcas:
-            continue
+    for rank in [rank for rank in ranks if rank.backend == "nccl" and rank.hcas]:
         if not rank.transports or "Socket" in rank.transports:
             went = "fell back to TCP" if rank.transports else "opened no channel that its log tells"
             text = (

@@ -1,15 +1,15 @@
-"""The options of a `vllm serve` line that the image's vLLM would stop at, and the knob that takes each off the line.
+"""The options of a `vllm serve` line that the image's vLLM refuses, and the knob that takes each off the line.
 
-Without this check vLLM stops by itself, a minute after the start, and names the option but no way on.
+Without this check vLLM stops a minute after its start, and names the option but no way on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from invoke import Exit
 
@@ -24,7 +24,8 @@ from cluster.settings import ModelSettings
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-# `inv build-image` leaves the answer of inside/options.py here.
+T = TypeVar("T")
+# `inv build-image` puts the answer of inside/options.py here.
 BUILT_IN = "/opt/node-ray/options.json"
 
 
@@ -39,47 +40,68 @@ class Known:
 # --- What the image's vLLM knows --------------------------------------------------------------------------------------
 
 
-def ask_inside(head: Container, seconds: int, script: str, *words: str) -> str:
-    """Run a script of cluster/inside in the head's container, for so many seconds at most; its standard output.
+def ask_inside(head: Container, seconds: int, read: Callable[[Any], T], *words: str) -> T:
+    """Run a command in the head's container, for so many seconds at most, and read the JSON in its last line.
 
-    Raises Exit if it fails, and where an earlier version of this repository started the container.
+    Raises Exit if the command fails, if `read` does not understand the JSON, and if an earlier version of this
+    repository started the container.
     """
     if is_earlier(head):
         raise Exit(EARLIER)
-    limited = ("timeout", "--kill-after=2", str(seconds), "python3", f"{INSIDE}/{script}", *words)
-    return ask_container(head, "/bin/bash", "-c", IN_SHELL, "bash", *limited)
+    limited = ("timeout", "--kill-after=2", str(seconds), *words)
+    answer = ask_container(head, "/bin/bash", "-c", IN_SHELL, "bash", *limited)
+    try:
+        return read(json.loads(answer.splitlines()[-1]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise Exit(f"{words[1]} in {head.name} gave an unreadable answer ({error!r}): {answer[-200:]!r}") from None
 
 
 def known_options(head: Container, settings: ModelSettings) -> Known:
-    """The options of the vLLM in the head's container, which this host keeps by the image's id.
+    """Return the options of the vLLM in the head's container: from the image's file, else from vLLM itself.
 
-    Asks the file that `inv build-image` put into the image, else vLLM itself. Raises Exit if neither tells.
+    vLLM needs half a minute, so this host keeps the answer by the image's id. Raises Exit if vLLM does not tell.
     """
     kept = log_folder(settings) / f"options-{head.image.id.removeprefix('sha256:')[:12]}.json"
-    if (told := kept_json(kept)) is None:
-        try:
-            answer = ask_container(head, "cat", BUILT_IN)
-        except Exit:
-            say("Asking the image's vLLM for its options. That takes half a minute, once for each image.")
-            answer = ask_inside(head, 180, "options.py").strip().rpartition("\n")[2]
-        try:
-            told = json.loads(answer)
-            vllm_version(told["vllm"])
-            dict(told["options"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Exit(f"The image's vLLM did not tell its options ({error!r}): {answer[:60]!r}") from None
-        with contextlib.suppress(OSError):  # a full disk costs half a minute at the next launch, and nothing else
-            keep_json(kept, told)
-    return Known(told["vllm"], told["options"])
+    if told := kept_json(kept):
+        return Known(**told)
+    try:
+        known = ask_inside(head, 20, _read_known, "cat", BUILT_IN)
+    except Exit:
+        say("Asking the image's vLLM for its options. That takes half a minute, once for each image.")
+        known = ask_inside(head, 180, _read_known, "python3", f"{INSIDE}/options.py")
+    with contextlib.suppress(OSError):  # a full disk costs half a minute at the next launch, and nothing else
+        keep_json(kept, vars(known))
+    return known
 
 
-# --- The options that this vLLM would stop at -------------------------------------------------------------------------
+def _read_known(told: Any) -> Known:  # noqa: ANN401 - JSON of any form
+    vllm_version(told["vllm"])
+    return Known(told["vllm"], dict(told["options"]))
+
+
+# --- The options that this vLLM refuses -------------------------------------------------------------------------------
 
 
 def examine(words: Sequence[str], known: Known, env: Mapping[str, str]) -> dict[str, str]:
-    """A sentence for each option of a line that this vLLM would stop at; env: the variables of its containers."""
-    given = given_options(words)
-    found = dict(_refused_later(given, vllm_version(known.vllm), env))
+    """Return a sentence for each option that this vLLM refuses. env: the variables of its containers.
+
+    vLLM's parser takes the first three, and its start refuses them. Read in the sources of vLLM 0.11.0, 0.12.0, 0.17.1,
+    0.18.0, 0.19.0, 0.20.2, 0.21.0 and 0.32.0. (0.11.0 does not refuse asynchronous scheduling, but its only Ray
+    executor is the older one.)
+    """
+    given, vllm = given_options(words), vllm_version(known.vllm)
+    last = {name: " ".join(values) for name, values in given}
+    found = {}
+    # RayDistributedExecutor, the older executor, runs unless the newer one is asked for, or is the default.
+    newer = env.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1" if vllm >= (0, 21, 0) else "0") == "1" and vllm >= (0, 20)
+    overlaps = "--async-scheduling" in last and "--no-async-scheduling" not in last
+    if overlaps and last.get("--distributed-executor-backend") == "ray" and not newer:
+        found["--async-scheduling"] = "Ray's executor before vLLM 0.21 does not support it"
+    from_plugin = ["super_v3"] if vllm >= (0, 17, 1) else ["super_v3", "nemotron_v3"]
+    if last.get("--reasoning-parser") in from_plugin and "--reasoning-parser-plugin" not in last:
+        found["--reasoning-parser"] = "no plugin brings it, and nemotron_v3 came with vLLM 0.17.1"
+    if '"moe_backend"' in last.get("--speculative-config", "") and vllm < (0, 19, 0):
+        found["--speculative-config"] = "the drafter's moe_backend came with vLLM 0.19.0"
     for name, values in given:
         option = name.partition(".")[0]
         if option not in known.options:
@@ -91,7 +113,7 @@ def examine(words: Sequence[str], known: Known, env: Mapping[str, str]) -> dict[
 
 
 def given_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """The options of a line with their values, read as vLLM's parser reads them: `--a_b=c` is `--a-b c`."""
+    """Return the options of a line with their values, as vLLM's parser reads them: `--a_b=c` is `--a-b c`."""
     found: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--") or (word.startswith("-") and word[1:2].isalpha()):  # -1 is a value
@@ -103,37 +125,13 @@ def given_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _refused_later(
-    given: Sequence[tuple[str, list[str]]], vllm: tuple[int, ...], env: Mapping[str, str]
-) -> Iterator[tuple[str, str]]:
-    """Options that vLLM's parser takes and its start then refuses.
-
-    Read in the sources of vLLM 0.11.0, 0.12.0, 0.17.1, 0.18.0, 0.19.0, 0.20.2, 0.21.0 and 0.32.0. (0.11.0 does not
-    refuse asynchronous scheduling, but its only Ray executor is the older one.)
-    """
-    last = {name: " ".join(values) for name, values in given}
-    # RayDistributedExecutor, the older executor, runs unless the newer one is asked for, or is the default.
-    newer = env.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1" if vllm >= (0, 21, 0) else "0") == "1" and vllm >= (0, 20)
-    asked = [name for name, _ in given if name in ("--async-scheduling", "--no-async-scheduling")]
-    on_ray = last.get("--distributed-executor-backend") == "ray"
-    if asked[-1:] == ["--async-scheduling"] and on_ray and not newer:
-        yield "--async-scheduling", "Ray's executor before vLLM 0.21 does not support it"
-    parser = last.get("--reasoning-parser")
-    if "--reasoning-parser-plugin" not in last and (
-        parser == "super_v3" or (parser == "nemotron_v3" and vllm < (0, 17, 1))
-    ):
-        yield "--reasoning-parser", "no plugin brings it, and nemotron_v3 came with vLLM 0.17.1"
-    if '"moe_backend"' in last.get("--speculative-config", "") and vllm < (0, 19, 0):
-        yield "--speculative-config", "the drafter's moe_backend came with vLLM 0.19.0"
-
-
 # --- The knobs that take an option off the line -----------------------------------------------------------------------
 
 
 def gated(
     settings: ModelSettings, head: Container, known: Known
 ) -> tuple[ModelSettings, Sequence[str], Sequence[Finding]]:
-    """Settings to go on with, a sentence for each knob that IMAGE_GATES=auto has emptied, and what is still wrong."""
+    """Return the settings to go on with, a sentence for each knob that IMAGE_GATES=auto emptied, and the findings."""
     env, launch = container_environment(head), settings.launch_line
     emptied: list[str] = []
     said: list[str] = []
@@ -157,17 +155,17 @@ def gated(
 
 
 def _spelled(knob: str) -> str:
-    """The words with which a person empties a knob: `ENABLE_X=0`, and `NAME=` for the others."""
+    """Return the words that empty a knob: `ENABLE_X=0`, and `NAME=` for the others."""
     return f"{knob}={'0' if knob.startswith('ENABLE_') else ''}"
 
 
 def _line(settings: ModelSettings, emptied: Sequence[str]) -> list[str]:
-    """The words of the `vllm serve` line with some knobs emptied."""
+    """Return the words of the `vllm serve` line with some knobs emptied."""
     return words_of(render(settings.model.serve, **serve_values(settings) | dict.fromkeys(emptied, "")))
 
 
 def _knob(settings: ModelSettings, emptied: Sequence[str], option: str) -> str | None:
-    """The knob that drops the option: an ENABLE_ one before others, then the one that drops the fewest words."""
+    """Choose the knob that drops the option: an ENABLE_ one before others, then the one that drops the fewest words."""
     dropping = {}
     for knob in settings.model.knobs - {"SERVE_EXTRA"}:
         if settings.get(knob) and option not in dict(given_options(words := _line(settings, [*emptied, knob]))):

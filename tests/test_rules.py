@@ -72,7 +72,7 @@ def test_two_that_agree(found):
             "environment": ENV | {"VLLM_NVFP4_GEMM_BACKEND": "cutlass"}}),
         ("variables", "10.0.0.2 has none", {"environment": {
             name: value for name, value in ENV.items() if name != "VLLM_ALLOW_LONG_MAX_MODEL_LEN"}}),
-        ("image", "built from different bases", {"image": "sha256:cc base@sha256:dd"}),
+        ("image", "The images differ: 10.0.0.1 runs sha256:aa", {"image": "sha256:cc base@sha256:dd"}),
         ("versions", "ray is 2.60.0 on 10.0.0.1 and 2.59.0 on 10.0.0.2", {"ray": "2.59.0"}),
         ("rdma", "no device in /dev/infiniband", {"infiniband": []}),
         ("rdma", "IPC_LOCK", {"ipc_lock": False}),
@@ -91,7 +91,7 @@ def test_each_disagreement_is_refused_by_its_rule(found, rule, words, changed):
     assert words in said[0].text
 
 
-@pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "environment"}])
+@pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "repository"}])
 def test_what_could_not_be_asked_is_refused(found, fact):
     """A fact that the probe failed to tell refuses, with the reason."""
     said = found(**{fact: {"unknown": "it broke"}})
@@ -112,7 +112,7 @@ def test_another_build_of_one_base_is_a_warning(found):
 def test_images_of_which_no_base_is_known_differ(found):
     """Two images without the label of their base are refused as if the bases differed."""
     (said,) = found(image="sha256:cc")
-    assert said.rule == "image" and said.refuses and "different bases" in said.text
+    assert said.rule == "image" and said.refuses
 
 
 def test_two_workers_on_one_machine_are_found_too(operator):
@@ -141,26 +141,26 @@ def test_tcp_on_purpose_needs_no_rdma(found, operator):
     assert found(infiniband=[], memlock=65536) == []
 
 
-def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operator):
-    """The containers keep what they were started with, so the words to start them anew are said."""
-    operator.setattr(agreement, "repository_digest", lambda: "fedcba9876543210")
-    (said,) = found()
-    assert said.rule == "wrapper" and not said.refuses
-    assert "sha256 0123456789ab, now fedcba987654" in said.text and "inv down; then inv up" in said.text
-
-
 @pytest.mark.parametrize(("digest", "told"), [("fedcba9876543210", "fedcba987654"), (None, "none")])
-def test_nodes_of_two_checkouts_are_a_warning(found, digest, told):
-    """All that decides how the nodes run is compared by itself, so another checkout alone refuses nothing."""
+def test_a_node_of_another_version_is_a_warning(found, digest, told):
+    """All that decides how the nodes run is compared by itself, so another version alone refuses nothing."""
     (said,) = found(repository=digest)
     assert said.rule == "wrapper" and not said.refuses
-    assert f"sha256 0123456789ab and {told}" in said.text and "git pull" in said.text
+    assert f"started 10.0.0.2 ({told}). In both" in said.text and "inv down; then inv up" in said.text
 
 
-@pytest.mark.parametrize("answer", ["", "Traceback\n", '{"a": 1}', '[{"address": 1}]'])
+def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operator):
+    """The containers keep what they were started with, so every node is named."""
+    operator.setattr(agreement, "repository_digest", lambda: "fedcba9876543210")
+    (said,) = found()
+    assert "This checkout (sha256 fedcba987654)" in said.text
+    assert "10.0.0.1 (0123456789ab), 10.0.0.2 (0123456789ab)" in said.text
+
+
+@pytest.mark.parametrize("answer", ['{"a": 1}', '[{"address": 1}]'])
 def test_an_answer_that_is_no_list_of_nodes_is_an_error(operator, answer):
     """An answer that cannot be read is not taken for a cluster without nodes."""
     operator.setattr(options, "ask_container", lambda *_: answer)
     head = SimpleNamespace(name="node-ray", attrs={"Config": {"Env": ["NODE_RAY_REPOSITORY=0123"]}})
-    with pytest.raises(Exit, match="Ray's answer in node-ray is no list of nodes"):
+    with pytest.raises(Exit, match=r"probe\.py in node-ray gave an unreadable answer"):
         agreement.ask_nodes(head)

@@ -1,9 +1,8 @@
-"""Time an all-reduce between all nodes: fabric.py BYTES, in the head's container. Prints each rank's answer as JSON.
+"""Time an all-reduce between all nodes: fabric.py, in the head's container. Prints each rank's answer as JSON.
 
-Each rank is a process of its own, `fabric.py RANK RANKS ADDRESS PORT BYTES`, because NCCL takes its settings from the
-environment of a process that has not used it yet. The ranks use NCCL if all of them have CUDA, else gloo, which proves
-the network only. A rank ends within RANK_S, even if nobody is left to end it, and leaves no file: NCCL's log is read
-from a pipe.
+Each rank is a process of its own, `fabric.py RANK RANKS ADDRESS PORT`, because NCCL reads the environment once in a
+process. The ranks use NCCL if all of them have CUDA, else gloo, which proves the network only. A rank ends within
+RANK_S, even if nobody is left to end it, and leaves no file, because NCCL's log is read from a pipe.
 """
 
 import json
@@ -16,8 +15,8 @@ from datetime import timedelta
 
 RANK_S, ANSWER_S, PATIENCE = 40, 48, timedelta(seconds=30)
 MEASURED_S, MOST_TIMES = 2, 20
-# More bytes would measure how fast a processor adds, not the network.
-MOST_WITHOUT_CUDA = 32 * 2**20
+# Without CUDA more bytes would measure how fast a processor adds, not the network.
+BYTES, BYTES_WITHOUT_CUDA = 256 * 2**20, 32 * 2**20
 LOG_CHARS = 100_000
 # NCCL writes each line at once if the log has a file name, so that its last lines before a hang are known.
 LOGGED = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": "/dev/stderr"}
@@ -40,7 +39,7 @@ def start_rank(script, *words):
     return {"status": done.returncode, "told": done.stdout, "log": done.stderr[-LOG_CHARS:], "environment": told}
 
 
-def ask_every_node(size):
+def ask_every_node():
     """Start a rank on each node, the head's first because the others meet there; return the answers in that order."""
     import every
     import ray
@@ -48,7 +47,7 @@ def ask_every_node(size):
     here = os.environ["VLLM_HOST_IP"]
     nodes = sorted(every.nodes(), key=lambda node: (node["NodeManagerAddress"] != here, node["NodeManagerAddress"]))
     with socket.create_server((here, 0)) as free:
-        meeting = [str(len(nodes)), here, str(free.getsockname()[1]), size]
+        meeting = [str(len(nodes)), here, str(free.getsockname()[1])]
     task = ray.remote(num_cpus=0, max_retries=0)(start_rank)
     # A rank takes the node's GPU, so it does not start while a server holds it.
     asked = {
@@ -60,9 +59,8 @@ def ask_every_node(size):
     for rank, answer in every.gather(asked, ANSWER_S).items():
         if isinstance(answer, ray.exceptions.GetTimeoutError):
             ray.cancel(asked[rank], force=True)
-            answer = {
-                "error": f"no answer within {ANSWER_S} s; while a server holds its GPU (inv stop) it cannot start"
-            }
+            error = f"no answer within {ANSWER_S} s; while a server holds its GPU (inv stop) it cannot start"
+            answer = {"error": error}
         elif isinstance(answer, Exception):
             answer = {"error": f"{type(answer).__name__}: {str(answer).strip().splitlines()[-1]}"}
         where = nodes[rank]
@@ -72,7 +70,7 @@ def ask_every_node(size):
 # --- One rank ---------------------------------------------------------------------------------------------------------
 
 
-def be_rank(rank, ranks, address, port, size):
+def be_rank(rank, ranks, address, port):
     """Meet the other ranks, time the all-reduce with them, and part."""
     import torch
     import torch.distributed as dist
@@ -88,8 +86,7 @@ def be_rank(rank, ranks, address, port, size):
     store = dist.TCPStore(address, port, ranks, rank == 0, PATIENCE)
     store.set(f"cuda/{rank}", str(torch.cuda.is_available()))
     cuda = all(store.get(f"cuda/{number}") == b"True" for number in range(ranks))
-    size = size if cuda else min(size, MOST_WITHOUT_CUDA)
-    backend, device = ("nccl", "cuda") if cuda else ("gloo", "cpu")
+    backend, device, size = ("nccl", "cuda", BYTES) if cuda else ("gloo", "cpu", BYTES_WITHOUT_CUDA)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
     try:
         tensor = torch.zeros(size // 4, device=device)
@@ -106,7 +103,7 @@ def be_rank(rank, ranks, address, port, size):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        print(json.dumps(list(ask_every_node(sys.argv[1]))))
+    if len(sys.argv) == 1:
+        print(json.dumps(list(ask_every_node())))
     else:
-        be_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        be_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -1,14 +1,15 @@
-"""Print what is true on every node of the cluster, as JSON: probe.py KEY NAME..., in the head's container.
+"""Print the facts of every node as JSON: probe.py KEY NAME..., in the head's container.
 
-`probe.py --here KEY NAME...` prints it of this machine alone, and needs neither Ray nor a container. The environment is
-that of process 1: vLLM's and NCCL's variables, and those called NAME. Secrets are printed as a hash with KEY. A fact
-that cannot be asked is {"unknown": REASON}, so that nobody takes it for fine.
+`probe.py --here KEY NAME...` prints the facts of this machine, and needs neither Ray nor a container. The environment
+has vLLM's and NCCL's variables, and those called NAME. A secret is printed as its hash with KEY. A fact that cannot be
+asked is {"unknown": REASON}, so that nobody takes the fact for fine.
 """
 
 import fcntl
 import glob
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from importlib.metadata import version
 
 SECONDS = 15
 PREFIXES = ("VLLM_", "NCCL_", "UCX_", "GLOO_", "TP_", "OMPI_")
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
 IPC_LOCK = 14  # linux/capability.h
 SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
 
@@ -45,9 +47,8 @@ def hidden(key, value):
 def environment(key, names):
     # Ray adds to the environment of its own workers, so that of process 1 is read.
     items = dict(item.partition("=")[::2] for item in read("/proc/1/environ").split("\0") if item)
-    secret = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
     chosen = {name: value for name, value in items.items() if name.startswith(PREFIXES) or name in names}
-    return {name: hidden(key, value) if secret.search(name) else value for name, value in chosen.items()}
+    return {name: hidden(key, value) if SECRET.search(name) else value for name, value in chosen.items()}
 
 
 def gpus():
@@ -59,23 +60,22 @@ def gpus():
 
 
 def field(path, name):
-    """The first word behind a name in a file of /proc."""
+    """Return the first word behind a name in a file of /proc."""
     return next(line.split()[1] for line in read(path).splitlines() if re.match(f"{name}\\b", line))
 
 
 def since():
-    """The second, counted from 1970, in which process 1 started (proc(5))."""
+    """Return when process 1 started, in seconds since 1970, by proc(5)."""
     ticks = int(read("/proc/1/stat").rpartition(")")[2].split()[19])
     return int(field("/proc/stat", "btime")) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def network():
-    """The control link's address as NETWORK/PREFIX."""
+    """Return the network of the control link as ADDRESS/PREFIX."""
     request = struct.pack("256s", os.environ["TP_SOCKET_IFNAME"].encode())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        address, mask = (fcntl.ioctl(asked, number, request)[20:24] for number in (SIOCGIFADDR, SIOCGIFNETMASK))
-    masked = bytes(a & m for a, m in zip(address, mask, strict=True))
-    return f"{socket.inet_ntoa(masked)}/{sum(bin(byte).count('1') for byte in mask)}"
+        told = [fcntl.ioctl(asked, number, request)[20:24] for number in (SIOCGIFADDR, SIOCGIFNETMASK)]
+    return str(ipaddress.ip_interface("/".join(map(socket.inet_ntoa, told))).network)
 
 
 def links():

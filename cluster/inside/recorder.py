@@ -1,8 +1,8 @@
-"""Run in the head's container beside the server, until the server ends: recorder.py PID_FILE FOLDER URL GIB.
+"""Watch every node from the head's container, until the server ends: recorder.py PID_FILE FOLDER URL GIB.
 
-The recorder looks at every node each second. If a node has less than GIB available (0: never) it ends the server,
-because unified memory that runs out hangs the whole machine. It writes two files to FOLDER: vitals.json has the last
-look and for how long each thing has not moved, memory-low.json each node's lowest memory.
+The recorder looks each second. If a node has less than GIB available (0: never) the recorder ends the server, because
+unified memory that runs out hangs the whole machine. FOLDER gets two files: vitals.json has the last look, and for how
+long each thing has not moved; memory-low.json has each node's lowest memory.
 
 `recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
 """
@@ -36,9 +36,9 @@ REQUESTS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 def processor_time(wanted):
-    """Count the processes that are wanted; add up the seconds of processor time that they and their descendants took.
+    """Count the wanted processes, and add up the seconds of processor time of them and their descendants.
 
-    A rank that waits for a compiler is at work.
+    The descendants count because a rank that waits for a compiler is at work.
     """
     found = {one.pid: one.info for one in psutil.process_iter(["name", "ppid", "cpu_times"])}
     family = {pid for pid, info in found.items() if wanted(pid, info["name"])}
@@ -50,16 +50,14 @@ def processor_time(wanted):
 
 
 class Gauge:
-    """An actor on each node."""
-
     def __init__(self):
         names = ",".join(os.environ.get(name, "") for name in ("NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")).split(",")
         # A RoCE device carries data whether or not its interface has an address.
         for hca in filter(None, os.environ.get("NCCL_IB_HCA", "").split(",")):
             names += [os.path.basename(path) for path in glob.glob(f"/sys/class/infiniband/{hca}/device/net/*")]
-        self.interfaces = sorted({name for name in names if name})
+        self.interfaces = sorted(set(names) - {""})
         self.gpu, self.gpu_seen = None, 0.0
-        # In a thread: a driver that hangs must not stop the looks at the memory.
+        # A thread, because a driver that hangs must not stop the looks at the memory.
         threading.Thread(target=self.follow_gpu, daemon=True).start()
 
     def available(self):
@@ -89,10 +87,10 @@ class Gauge:
 
 
 def start_gauges():
-    """Start a gauge on every node; return them by address. Ray restarts a gauge that dies, as when memory runs out."""
+    """Start a gauge on every node; return the gauges by address. Ray starts a gauge that has died again."""
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Gauge)
     gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
-    ask(gauges, "available", 30)  # the gauges' own processes start first
+    ask(gauges, "available", 30)  # the start of their processes takes longer than a look
     return gauges
 
 
@@ -106,20 +104,20 @@ def ask(gauges, method, seconds=3):
 
 
 class Stillness:
-    """For how many seconds each thing was seen not to move. A thing that could not be seen counts as moving."""
+    """The seconds for which each thing was seen not to move. A thing that could not be seen counts as moving."""
 
     def __init__(self):
         self.marks, self.moved, self.seen = {}, {}, {}
 
     def see(self, thing, value, least):
-        """A thing moves when its value is at least so far from where it last moved. None: it could not be seen."""
+        """Note a thing, which moves if its value is `least` or more from where it last moved. None: not seen."""
         now = time.monotonic()
         if value is None or thing not in self.marks or abs(value - self.marks[thing]) >= least:
             self.marks[thing], self.moved[thing] = value or 0, now
         self.seen[thing] = now
 
     def see_cpu(self, thing, value):
-        """The same for seconds of processor time: their rate counts, over CPU_S or more."""
+        """Note seconds of processor time, whose rate counts, over CPU_S or more."""
         now = time.monotonic()
         before, then = self.marks.get(thing, (None, 0))
         if value is None or before is None or value < before:
@@ -145,15 +143,15 @@ class Stillness:
 
 
 class Counters:
-    """For how many seconds the API's counters have not moved, and requests were seen to wait or nobody answered.
+    """The seconds for which the API's counters have not moved, and for which requests waited or nobody answered.
 
-    Both are needed to call a server hung, because an idle server has nothing to move.
+    Both are needed to call a server hung, because the counters of an idle server do not move either.
     """
 
     def __init__(self, url):
         self.url, self.lines = url, None
         self.moved = self.idle = self.seen = time.monotonic()
-        # In a thread: a server that hangs does not answer.
+        # A thread, because a server that hangs does not answer.
         threading.Thread(target=self.follow, daemon=True).start()
 
     def follow(self):
@@ -191,7 +189,7 @@ def runs(group):
 
 
 def end(group):
-    """Ask the server's processes to end, and force them after 5 s."""
+    """Ask a process group to end, and force it after 5 s."""
     for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, number)
@@ -201,12 +199,12 @@ def end(group):
 
 
 def say(text):
-    with contextlib.suppress(OSError):  # a full disk must not end the guard
+    with contextlib.suppress(OSError):  # a full disk must not end the memory guard
         print(f"memory guard: {text}", flush=True)
 
 
 def keep(file, value):
-    with contextlib.suppress(OSError):  # a full disk must not end the guard
+    with contextlib.suppress(OSError):  # a full disk must not end the memory guard
         with open(f"{file}.new", "w") as opened:
             json.dump(value, opened)
         os.replace(f"{file}.new", file)
@@ -263,4 +261,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--print":
         print_memory(float(sys.argv[2]))
     else:
-        record(*sys.argv[1:4], float(sys.argv[4]))
+        pid_file, folder, url, least = sys.argv[1:]
+        record(pid_file, folder, url, float(least))
