@@ -4,7 +4,7 @@ Imports go one way: a module imports only modules that stand before it here. CON
 they hold.
 
     repository command models settings               the files, the command lines, and what somebody has set
-    links engine token node                          one node: its links, its Docker, its container with Ray
+    links ports engine token node                    one node: its links, its Docker, its container with Ray
     image server plan guards cleanup                 the image, the server in the container, refusals, leftovers
     recorder                                         what every node's recorder has seen
     finding kv_cache memory options agreement        what is found out before a model is loaded

@@ -6,8 +6,8 @@ from invoke import Exit
 
 from cluster import engine
 from cluster.command import run, say
-from cluster.guards import port_obstacle
 from cluster.node import RAY_PORT, removal_command
+from cluster.ports import port_obstacle
 from cluster.settings import Settings
 
 

@@ -5,18 +5,15 @@ A guard raises Exit with the cause and with what to type. A guard that cannot fi
 
 from __future__ import annotations
 
-import errno
-import re
-import socket
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from invoke import Exit
 
 from cluster import engine, server
-from cluster.command import Command, run, say
+from cluster.command import say
 from cluster.node import CONTAINER, RAY_PORT, Network
+from cluster.ports import is_own_address, port_answers, port_obstacle
 from cluster.settings import ModelSettings, Settings
 from cluster.token import knows_no_tokens, token_file
 
@@ -187,39 +184,3 @@ def head_of(found: Container) -> str:
 
 def _model_flag(settings: Settings) -> str:
     return f" --model {settings.model.name}" if settings.model else ""
-
-
-# --- Ports ------------------------------------------------------------------------------------------------------------
-
-
-def port_answers(address: str, port: int) -> bool:
-    """Whether a connection to the port is accepted within two seconds."""
-    with suppress(OSError), socket.create_connection((address, port), timeout=2):
-        return True
-    return False
-
-
-def is_own_address(address: str) -> bool:
-    return not port_obstacle(address, 0)  # 0 is any port that is free
-
-
-def port_obstacle(address: str, port: int) -> str:
-    """Return why no server can listen there now; nothing if one can."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that is just ending is no obstacle
-        try:
-            trial.bind((address, port))
-        except OSError as error:
-            held = error.errno == errno.EADDRINUSE
-            return f"port {port} is held by {port_holder(port)}" if held else f"{address}:{port}: {error.strerror}"
-    return ""
-
-
-def port_holder(port: int) -> str:
-    """Name the processes that listen on the port. Only root may see the processes of other users."""
-    listening = ""
-    with suppress(Exit):  # a host may lack ss
-        listening = run(Command((("ss", "-Hltnp", f"sport = :{port}"),)), capture=True, seconds=20)
-    processes = dict.fromkeys(re.findall(r'"([^"]+)",pid=(\d+)', listening))
-    named = ", ".join(f"{name} (process {pid})" for name, pid in processes)
-    return named or f"a process of another user (sudo ss -ltnp 'sport = :{port}' names it)"

@@ -22,6 +22,7 @@ from invoke import Exit
 from cluster import check, engine, guards, load, node, options, recorder, repository, server
 from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
 from cluster.node import CONTAINER, Network
+from cluster.ports import is_own_address
 from cluster.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def take_down(settings: Settings) -> None:
     found = engine.node_container()
     if found is not None:
         guards.is_head(found)
-    elif not guards.is_own_address(settings["HEAD_NODE_IP"]):
+    elif not is_own_address(settings["HEAD_NODE_IP"]):
         raise Exit(
             f"This host is not the head: HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is "
             f"{settings['HEAD_NODE_IP']}. Type it there; for this node alone: inv down --here"

@@ -418,13 +418,13 @@ def test_a_worker_that_does_not_answer_in_time_is_named(standing, operator, tmp_
 
 def test_down_is_refused_on_a_host_that_is_not_the_head(site, operator):
     """Another host must not take the workers down. Without a container, the host's address decides."""
-    operator.setattr(guards, "is_own_address", lambda address: address != "10.0.0.1")
+    operator.setattr(up, "is_own_address", lambda address: address != "10.0.0.1")
     with pytest.raises(
         Exit, match=r"This host is not the head: HEAD_NODE_IP \(default\) is 10\.0\.0\.1\. Type it there"
     ):
         up.take_down(site.settings)
     assert site.did == []
-    operator.setattr(guards, "is_own_address", lambda address: address == "10.0.0.1")
+    operator.setattr(up, "is_own_address", lambda address: address == "10.0.0.1")
     up.take_down(site.settings)
     assert site.undone == ["new down", "old down"]
 
