@@ -235,10 +235,10 @@ def rehearse(c: Context, hosts: str = "2", keep: bool = False, down: bool = Fals
     from rehearsal import stage
 
     _refuse_dry(c)
-    flags = [name for name, given in (("--keep", keep), ("--install", install)) if given]
     if down:
         return stage.down()
     stage.check(hosts)
+    flags = [name for name, given in (("--keep", keep), ("--install", install)) if given]
     stage.prepare(install, "rehearse", "--hosts", hosts, *flags)
     stage.rehearse(hosts, keep)
 
@@ -274,17 +274,17 @@ def _bring_up(c: Context, commands: Sequence[Command], guard: Callable[[], None]
         tell(f"started {started}")  # `inv up` reads this line to know which nodes it may take down
 
 
-def _settings(name: Value = None, **flags: str | None) -> Settings:
+def _settings(name: Value = None, **flags: Value) -> Settings:
     settings = load_settings(find_model(name) if name is not None else None, flags)
     say(*settings.notes, *settings.overridden())
     return settings
 
 
-def _model_settings(name: str | None, max_len: str | None) -> ModelSettings:
+def _model_settings(name: Value, max_len: Value) -> ModelSettings:
     if name is None:
         raise Exit(f"--model is missing; it takes one of {', '.join(known_models())}.")
-    settings = load_settings(find_model(name), {"MAX_MODEL_LEN": max_len})
-    say(*settings.notes, *settings.overridden())
+    settings = _settings(name, MAX_MODEL_LEN=max_len)
+    assert isinstance(settings, ModelSettings)
     return settings
 
 

@@ -187,12 +187,7 @@ def held() -> Iterator[None]:
 
 
 def run(
-    command: Command,
-    *,
-    capture: bool = False,
-    seconds: float | None = None,
-    whole: bool = False,
-    heard: str | None = None,
+    command: Command, *, capture: bool = False, seconds: float | None = None, whole: bool = False, heard: str = ""
 ) -> str:
     """Run a command to its end. Its text and its output go to standard error.
 
@@ -202,7 +197,7 @@ def run(
     whole: hold signals until the command has ended, for at most WHOLE_S if seconds is not given.
     The exit status is the command's, or 128 and its signal. The message has the last lines that were not shown.
     """
-    quiet = capture or heard is not None
+    quiet = capture or heard != ""
     if not quiet and not command.alias:
         say(command.text)
     seconds = seconds or (WHOLE_S if whole else None)
@@ -233,11 +228,11 @@ def run(
     return "\n".join(said).strip()
 
 
-def _reader(stream: IO[str] | None, lines: deque[str], host: str | None = None) -> threading.Thread:
+def _reader(stream: IO[str] | None, lines: deque[str], host: str = "") -> threading.Thread:
     def read() -> None:
         for line in stream or ():
             lines.append(line.rstrip())
-            if host is not None:
+            if host:
                 say(f"{host} | {lines[-1]}")
 
     thread = threading.Thread(target=read, daemon=True)

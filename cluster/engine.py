@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 CONTAINER = "node-ray"
 # The article called its containers node- and digits. A node-exporter is somebody else's.
 ARTICLE_CONTAINER = re.compile("node-[0-9]+")
-START = "sudo systemctl start docker"
-REMEDIES = {
+NOT_UP = ("No such file or directory", "Connection refused", "timed out")
+REMEDIES = dict.fromkeys(NOT_UP, "sudo systemctl start docker") | {
     "Permission denied": "sudo usermod -aG docker $USER; then log in again",
-    "No such file or directory": START,
-    "Connection refused": START,
-    "timed out": START,
 }
 
 

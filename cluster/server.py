@@ -200,7 +200,5 @@ def log_command(settings: Settings, of_node: bool, follow: bool) -> Command:
 def show_log(command: Command) -> NoReturn:
     """Become log_command, if there is a log."""
     if not os.path.exists(file := command.words[-1]):
-        raise Exit(
-            f"There is no {file}. The server's log is on the head; a node has one if it was started with --detach."
-        )
+        raise Exit(f"There is no {file}. The server's log is on the head; only a node with --detach has a log.")
     become(command)

@@ -98,7 +98,7 @@ def test_down_by_another_heads_address_is_for_this_node_alone(inv):
 
 def test_a_log_that_is_missing_is_said_to_be_elsewhere(inv, tmp_path):
     """The operator is told on which node to look."""
-    assert "serve.log. The server's log is on the head; a node has one if" in inv("logs", CACHE_DIR=str(tmp_path)).err
+    assert "serve.log. The server's log is on the head; only" in inv("logs", CACHE_DIR=str(tmp_path)).err
 
 
 def test_a_plan_has_one_worker_for_each_address(inv):

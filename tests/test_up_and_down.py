@@ -82,8 +82,8 @@ def site(operator, tmp_path):
     made = Site(settings)
     names = {tuple(server.stop_command().words): "stop", tuple(node.removal_command().words): "remove"}
 
-    def runs(command, *, heard=None, **_):
-        if heard is None:
+    def runs(command, *, heard="", **_):
+        if not heard:
             return made.step(names.get(tuple(command.words), "recorder"))
         try:
             return there(heard, "up" if "worker --detach" in command.words[-1] else "down")
