@@ -1,12 +1,13 @@
 #!/bin/bash
 # The model's server in the head's container: serve.sh start|record|follow|state|stop|fetch [ARGUMENT...]
 #
-# `docker exec` passes no signal on, and what it started loses its output with it. So the server gets a session, a log and
-# a pid file of its own. Bash runs this file, because NVIDIA's images set library paths in bash's start-up files.
+# `docker exec` passes no signal on, and its program loses standard output when `docker exec` ends. So the server gets a
+# session, a log and a pid file of its own. Bash runs this file, because NVIDIA's images set library paths in bash's
+# start-up files.
 
-# The pid file is below /run and not beside the log: in the next container its number would mean another process.
+# The pid file ends with its container, because its number would be another process in the next container.
 pid=${SERVE_PID:-/run/vllm-serve.pid}
-# The server's words, one to a line. `stop` deletes the file; if it is there and the server is not, the server crashed.
+# The server's command line, a word per line. `stop` deletes the file, so a file without a server means a crash.
 words=${pid%.pid}.words
 logs=${SERVE_LOGS:-/var/log/node-ray}
 log=$logs/serve.log
@@ -16,22 +17,22 @@ log_look_s=${SERVE_LOG_LOOK_S:-60}
 start() { # PROGRAM ARGUMENT...
     exec 9>"$pid.lock" # the server inherits this lock and holds it while it runs, so a second start is refused
     flock -n 9 || { echo "a server runs here already" >&2; exit 1; }
-    rm -f "$logs/vitals.json" "$logs/memory-low.json" # they tell of the server before
+    rm -f "$logs/vitals.json" "$logs/memory-low.json" # they describe the last server
     [ ! -e "$log" ] || mv "$log" "$log.1"
     setsid "$@" </dev/null >>"$log" 2>&1 &
-    echo $! >"$pid" # by setsid also the id of the server's process group
+    echo $! >"$pid" # setsid makes this also the id of the server's process group
     printf '%s\n' "$@" >"$words"
     exec 9>&-
     cut_log $! </dev/null >/dev/null 2>&1 &
 }
 
-cut_log() { # keep the log below log_bytes and the last of it in serve.log.1, until the server ends
+cut_log() { # until the server ends: when the log reaches log_bytes, move its lines to serve.log.1
     until timeout "$log_look_s" tail -f --pid="$1" /dev/null; do
         [ "$(stat -c %s "$log")" -lt "$log_bytes" ] || { cp "$log" "$log.1"; : >"$log"; }
     done
 }
 
-record() { # URL GIB: start the recorder beside the server, and end one that was there and may be stuck
+record() { # URL GIB: start the recorder beside the server. Kill an earlier recorder, which may be stuck
     recorder=${0%/*}/recorder.py
     pkill -KILL -f "^[^ ]*python[^ ]* $recorder $pid "
     setsid python3 "$recorder" "$pid" "$logs" "$@" </dev/null >>"$log" 2>&1 &
@@ -41,7 +42,7 @@ follow() { # show the log from its start until the server ends
     exec tail -n +1 -F --pid="$(cat "$pid")" "$log"
 }
 
-state() { # nothing if none was started; else 0 if the server runs, when it was started, and its words
+state() { # print 0 if the server runs, else 1; its start in seconds since 1970; its words. No server was started: nothing
     [ -e "$pid" ] || exit 0
     kill -0 -- "-$(cat "$pid")" 2>/dev/null
     echo $?
@@ -61,7 +62,7 @@ stop() { # ask the server to end, wait up to 30 s, then force it
     kill -KILL -- "-$server"
 }
 
-fetch() { # PROGRAM ARGUMENT... FOLDER: `hf download` leaves beside each file the commit that it came from; print that
+fetch() { # PROGRAM ARGUMENT... FOLDER: run `hf download` and print the commit that it noted beside each file
     NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata
 }
 
