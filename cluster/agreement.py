@@ -246,5 +246,5 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             text = f"The MTU differs: {head} has {its_mtu}, {address} has {mtu}. Type on one: "
             yield Finding("mtu", f"{text}sudo ip link set NAME mtu 9000")
         if count != its_count:
-            text = f"{head} uses {its_count} RoCE devices, {address} {count}: the slower side rules."
+            text = f"{head} uses {its_count} RoCE devices, {address} {count}. The fewer devices set the rate."
             yield Finding("link-count", text, refuses=False)

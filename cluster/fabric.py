@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,39 +128,30 @@ def fabric_findings(ranks: Sequence[Rank]) -> list[Finding]:
     """Return everything that is wrong, under the rule `fabric`. A device that was not used is a warning."""
     if len(ranks) < 2:
         return [Finding("fabric", "Ray has one node, so there is no fabric to prove. On the other node: inv worker")]
-    silent = [
-        f"{rank.address} ({rank.hostname}) did not finish: {rank.error}. On that node: ip -brief link; then, with the "
-        f"other's data-plane address: ping -c 3 ADDRESS; and: docker exec {CONTAINER} ls /dev/infiniband"
-        for rank in ranks
-        if rank.error
-    ]
-    return [Finding("fabric", text) for text in silent] or [*_different(ranks), *_slow(ranks)]
-
-
-def _different(ranks: Sequence[Rank]) -> Iterator[Finding]:
-    if len({rank.cuda for rank in ranks}) > 1:
-        lacking = ", ".join(rank.address for rank in ranks if not rank.cuda)
-        text = f"torch finds no GPU in the container of {lacking}. On that node: docker exec {CONTAINER} nvidia-smi"
-        yield Finding("fabric", text)
-    if len({rank.transports for rank in ranks}) > 1:
-        told = ", ".join(f"{rank.address} chose {rank.route}" for rank in ranks)
-        text = f"The ranks chose different transports: {told}. Compare: inv check; then bring the node up again."
-        yield Finding("fabric", text)
-
-
-def _slow(ranks: Sequence[Rank]) -> Iterator[Finding]:
-    for rank in [rank for rank in ranks if rank.backend == "nccl" and rank.hcas]:
-        if not rank.transports or "Socket" in rank.transports:
+    found = []
+    for rank in ranks:
+        on_rdma, refuses = rank.backend == "nccl" and rank.hcas, True
+        if rank.error:
+            text = (
+                f"the all-reduce did not finish: {rank.error}. On that node: ip -brief link; then, with the other's "
+                f"data-plane address: ping -c 3 ADDRESS; and: docker exec {CONTAINER} ls /dev/infiniband"
+            )
+        elif not rank.cuda and any(other.cuda for other in ranks):
+            text = f"torch finds no GPU in the container. On that node: docker exec {CONTAINER} nvidia-smi"
+        elif on_rdma and (not rank.transports or "Socket" in rank.transports):
             went = "fell back to TCP" if rank.transports else "opened no channel that its log tells"
             text = (
-                f"{rank.address}: RDMA was asked for (NCCL_IB_HCA={rank.hcas}), but NCCL {went}: {rank.route}. On that "
-                f"node: docker exec {CONTAINER} ls /dev/infiniband; if it is gone, a cold boot; then bring the node up "
-                "again. TCP on purpose: RDMA_HCAS= on every node."
+                f"RDMA was asked for (NCCL_IB_HCA={rank.hcas}), but NCCL {went}: {rank.route}. On that node: docker "
+                f"exec {CONTAINER} ls /dev/infiniband; if it is gone, a cold boot; then bring the node up again. TCP "
+                "on purpose: RDMA_HCAS= on every node."
             )
-            yield Finding("fabric", text)
-        elif rank.unused:
+        elif on_rdma and rank.unused:
+            refuses = False
             text = (
-                f"{rank.address}: NCCL used {', '.join(rank.devices)} and not {', '.join(rank.unused)}, which "
-                "NCCL_IB_HCA lists, so part of the rate is missing. On that node: ip -brief link"
+                f"NCCL used {', '.join(rank.devices)} and not {', '.join(rank.unused)}, which NCCL_IB_HCA lists, so "
+                "part of the rate is missing. On that node: ip -brief link"
             )
-            yield Finding("fabric", text, refuses=False)
+        else:
+            continue
+        found.append(Finding("fabric", f"{rank.address}: {text}", refuses))
+    return found

@@ -145,18 +145,8 @@ def serve_line(model: Model, turned: dict[str, str] | None = None) -> list[str]:
 
 def refused(host: Host, lines: list[list[str]]) -> list[str]:
     """Return what the vLLM in the image refuses of these lines, in its own words. The host's engine runs the image."""
-    words = (
-        "docker",
-        "run",
-        "--rm",
-        "-i",
-        "-v",
-        f"{PARSER}:{PARSER}:ro",
-        "--entrypoint",
-        "python3",
-        IMAGE,
-        str(PARSER),
-    )
+    python = ("--volume", f"{PARSER}:{PARSER}:ro", "--entrypoint", "python3", IMAGE, str(PARSER))
+    words = ("docker", "run", "--rm", "--interactive", *python)
     done = host.run(*words, input=json.dumps(lines), stdin=None, timeout=300)
     if done.returncode:
         raise RehearsalError(f"vLLM's parser could not be asked: {done.stderr[-500:]}")

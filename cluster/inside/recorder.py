@@ -87,7 +87,7 @@ class Gauge:
 
 
 def start_gauges():
-    """Start a gauge on every node; return the gauges by address. Ray starts a gauge that has died again."""
+    """Start a gauge on every node; return the gauges by address. Ray restarts a gauge that has died."""
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Gauge)
     gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
     ask(gauges, "available", 30)  # the start of their processes takes longer than a look
@@ -210,13 +210,6 @@ def keep(file, value):
         os.replace(f"{file}.new", file)
 
 
-def kept(file):
-    """Read what an earlier recorder of the same server wrote."""
-    with contextlib.suppress(OSError, ValueError), open(file) as opened:
-        return json.load(opened)
-    return {}
-
-
 def guard_memory(nodes, least, server):
     for address, node in nodes.items():
         if node and (free := node["available"] / GIB) < least:
@@ -227,7 +220,9 @@ def guard_memory(nodes, least, server):
 def record(pid_file, folder, url, least):
     with open(pid_file) as opened:
         server = int(opened.read())  # also the id of its process group
-    lows, silent = kept(f"{folder}/memory-low.json"), {}
+    lows, silent = {}, {}
+    with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory-low.json") as opened:
+        lows = json.load(opened)  # by an earlier recorder of the same server
     still, counters, gauges = Stillness(), Counters(url), start_gauges()
     limit = f"the server is ended below {least:g} GiB (MEM_ABORT_GIB)" if least else "MEM_ABORT_GIB is 0: it only looks"
     say(f"watching {', '.join(sorted(gauges))}; {limit}")
