@@ -149,7 +149,7 @@ def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         if twin is not node:
             whose = "the head's own machine" if twin is nodes[0] else f"the machine of {twin.address}"
             text = f"The worker {node.address} was started on {whose} ({twin.hostname}), so both ranks would share one "
-            yield Finding("hosts", f"{text}Spark. Ctrl-C it; then on the other Spark: inv worker")
+            yield Finding("hosts", f"{text}Spark. End it by Ctrl-C; then on the other Spark: inv worker")
 
 
 def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -179,7 +179,7 @@ def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             told = ", ".join(f"{address} has {'none' if value is None else value}" for address, value in values.items())
             text = (
                 f"{name} must be {settings[name]} in every container when it starts: {told}. Ray's processes on a "
-                f"worker get it no other way. Ctrl-C where it differs; then there: {_bring_up(settings)}"
+                f"worker get it no other way. Where it differs: Ctrl-C, then {_bring_up(settings)}"
             )
             yield Finding("variables", text)
 
@@ -190,9 +190,7 @@ def _bring_up(settings: Settings) -> str:
 
 def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """RDMA needs its devices, the right to lock memory, and no limit to the locked memory."""
-    for node in nodes:
-        if node.variable("NCCL_IB_DISABLE") == "1":
-            continue
+    for node in (node for node in nodes if node.variable("NCCL_IB_DISABLE") != "1"):
         if node["infiniband"] == [] or node["ipc_lock"] is False:
             lack = "no device in /dev/infiniband" if node["infiniband"] == [] else "no right to lock memory (IPC_LOCK)"
             text = (
