@@ -1,4 +1,4 @@
-"""A Docker Engine in namespaces of its own. `spark/runc.py` stands in front of its runc."""
+"""A Docker Engine in namespaces of its own. The engine runs `spark/runc.py`, which then becomes the real runc."""
 
 import json
 import os
@@ -29,36 +29,37 @@ class Engine:
 
     @property
     def data(self) -> Path:
-        """Images and layers, kept between runs."""
+        """The folder of images and layers. It is kept between runs."""
         return self.root / "engines" / self.name
 
     @property
     def env(self) -> dict[str, str]:
-        """A clean environment in which `docker` talks to this engine. Of the operator's it has only PATH."""
+        """The environment in which `docker` talks to this engine. Only PATH comes from the operator's environment."""
         return {
             "PATH": PATH,
             "HOME": str(self.state / "home"),
             "LANG": "C.UTF-8",
             "DOCKER_HOST": f"unix://{self.state}/docker.sock",
-            "PYTHONDONTWRITEBYTECODE": "1",  # root leaves no files in the checkout
+            "PYTHONDONTWRITEBYTECODE": "1",  # root must leave no files in the checkout
         }
 
     def docker(self, *words: str) -> str:
         return run("docker", *words, env=self.env)
 
     def image_id(self, image: str) -> str:
-        """The id of an image, empty if this engine does not have the image."""
+        """Return the id of an image. The id is empty if this engine does not have the image."""
         return self.docker("image", "ls", "--quiet", "--no-trunc", image)
 
     def start(self, hosts: str, additions: dict) -> subprocess.Popen:
-        """Start the engine in the sandbox, which must have its network already.
+        """Start the engine in the sandbox. The engine's network must exist already.
 
-        `hosts` is its /etc/hosts, `additions` is what its runc adds to every container (see `spark/runc.py`).
+        hosts: the text of the engine's /etc/hosts. additions: the mounts and variables that `spark/runc.py` adds to
+        every container.
         """
         for folder in (self.state / "home", self._log.parent):
             folder.mkdir(parents=True, exist_ok=True)
         (self.state / "hosts").write_text(hosts)
-        (self.state / "additions.json").touch(0o600)  # an index of pip's may have a password
+        (self.state / "additions.json").touch(0o600)  # the address of a pip index may hold a password
         (self.state / "additions.json").write_text(json.dumps(additions, indent=1))
         boot = ("sh", BOOT, self.name, self.state, self.data, f"/{sandbox.CGROUP}/{self.name}", ROOT, sys.executable)
         unshare = ("unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child")
@@ -68,9 +69,9 @@ class Engine:
             return subprocess.Popen(line, start_new_session=True, **quiet)
 
     def ready(self, process: subprocess.Popen) -> None:
-        """Wait until the engine answers, then remove the containers of a killed run.
+        """Wait until the engine answers. Then remove the containers that a killed run left.
 
-        Raises RehearsalError if the engine ends or hangs.
+        Raises RehearsalError if the engine ends, or does not answer within a minute.
         """
         answers = lambda: works("docker", "version", env=self.env)  # noqa: E731
         if not wait(lambda: process.poll() is not None or answers(), 60) or process.poll() is not None:
@@ -80,7 +81,7 @@ class Engine:
             self.docker("rm", "--force", "--volumes", *containers.split())
 
     def kill(self, process: subprocess.Popen) -> None:
-        """Kill the engine with all its containers at once, and wait until the kernel has ended them."""
+        """Kill the engine and all its containers at once. Wait until the kernel has ended their processes."""
         os.kill(sandbox.child(sandbox.child(process.pid)), signal.SIGKILL)
         process.wait(30)
 

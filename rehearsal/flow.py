@@ -1,4 +1,4 @@
-"""The rehearsal: the project's own tasks on stand-in Sparks, step by step, and a checked list at the end."""
+"""The rehearsal: the project's own tasks run on stand-in Sparks, step by step. A list at the end shows the results."""
 
 import json
 import secrets
@@ -20,13 +20,13 @@ from rehearsal.shell import RehearsalError, Say, wait
 IMAGE = "rehearsal/vllm-ray"
 READY_S = 300
 NOT_RUNNING = 12  # the exit status of `inv health`
-# The stand-in's runtime drops the limits that many sandboxes may not raise, and with them locked memory's.
+# spark/runc.py drops all limits, because many sandboxes may not raise one. The rule about locked memory then refuses.
 ALLOW = "memlock"
 PARSER = Path(__file__).with_name("parse_lines.py")
 
 
 class Flow:
-    """The article's whole flow on a rig that is up."""
+    """The whole flow of the article, on a rig that is up."""
 
     def __init__(self, rig: Rig, say: Say) -> None:
         self.rig, self.say = rig, say
@@ -37,23 +37,23 @@ class Flow:
         self.size = {"TP_SIZE": str(len(rig.hosts))}
 
     def steps(self, keep: bool) -> list[tuple[str, Callable[[], None]]]:
-        """The promises of a rehearsal, in order. With keep the server stays up."""
+        """Return each promise of a rehearsal with its step, in order. With keep the server stays up."""
         steps = [
             ("build-image puts Ray on an image without it", self.build),
             ("every host has the same image", lambda: self.rig.copy(IMAGE)),
             ("head and worker come up, and Ray has every node", self.bring_up),
             ("vLLM's own parser accepts the lines of every model", self.parse),
-            ("launch serves the tiny model, health says that all is well", self.launch),
-            ("its ranks are on different hosts", self.ranks),
-            ("a chat completion is answered with the key", lambda: self.chat(self.key, "200")),
-            ("and refused without it", lambda: self.chat("", "401")),
+            ("launch serves the tiny model, and health says healthy", self.launch),
+            ("the model's ranks are on different hosts", self.ranks),
+            ("the API answers a chat completion with the key", lambda: self.chat(self.key, "200")),
+            ("the API refuses a chat completion without the key", lambda: self.chat("", "401")),
             ("stop ends the server and leaves Ray up", self.stop),
             ("cleanup removes every node's containers", self.cleanup),
         ]
         return steps[:-2] if keep else steps
 
     def build(self) -> None:
-        """Build the image with the builder's engine, by the project's own task."""
+        """Build the image on the builder's engine, with the project's own task."""
         base = image.make(self.rig.builder, self.say)
         words = [*INV, "build-image", "--base-image", base, "--tag", IMAGE]
         self._follow("builder", words, self.rig.builder.env | {"ENV_FILE": ""})
@@ -65,12 +65,12 @@ class Flow:
         self._has_every_node(wait_s=60)
 
     def parse(self) -> None:
-        """Ask the real parser about each model's whole line."""
+        """Raise RehearsalError if vLLM's parser refuses the `vllm serve` line of a model."""
         if said := refused(self.head, [serve_line(model) for model in known_models().values()]):
             raise RehearsalError("\n".join(said))
 
     def launch(self) -> None:
-        """Launch, then ask `inv health` until all is well or the server has ended."""
+        """Launch. Then ask `inv health` until the state is healthy or the server has ended."""
         words = ("launch", "--detach", "--model", "rehearsal", "--allow", ALLOW)
         self._type(self.head, *words, VLLM_API_KEY=self.key, **self.size)
         wait(lambda: self._health().returncode in (0, NOT_RUNNING), READY_S, pause=2)
@@ -82,7 +82,7 @@ class Flow:
             raise RehearsalError(f"inv health ended with status {health.returncode}")
 
     def ranks(self) -> None:
-        """Every host's container has one of vLLM's worker processes, which Ray calls by their class."""
+        """Raise RehearsalError unless each host has one rank of the model. Ray titles a rank with its class."""
         for host in self.rig.hosts:
             count = host.run("docker", "exec", "node-ray", "pgrep", "-fc", "^ray::RayWorkerProc").stdout.strip()
             self.say(f"{host.name} | ranks of the model in its container: {count}")
@@ -90,7 +90,7 @@ class Flow:
                 raise RehearsalError("expected 1")
 
     def chat(self, key: str, expected: str) -> None:
-        """Ask for a chat completion, from another host than the head where there is one. No argv has the key."""
+        """Request a chat completion from the last host. No command line holds the key."""
         client = self.rig.hosts[-1]
         body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
         curl = ("curl", "-sS", "--max-time", "60", "--output", "/dev/null", "--write-out", "%{http_code}")
@@ -102,7 +102,7 @@ class Flow:
             raise RehearsalError(f"expected {expected}")
 
     def stop(self) -> None:
-        """End the server. Ray still has every node."""
+        """End the server. Raise RehearsalError if Ray then lacks a node."""
         self._type(self.head, "stop")
         self._has_every_node()
 
@@ -112,14 +112,14 @@ class Flow:
 
     def _has_every_node(self, wait_s: float = 0) -> None:
         if not wait(lambda: f"Ray: {len(self.rig.hosts)} nodes" in self._health().stderr, wait_s, pause=2):
-            raise RehearsalError(f"Ray has not every node: {self._health().stderr}")
+            raise RehearsalError(f"Ray lacks a node: {self._health().stderr}")
 
     def _health(self) -> subprocess.CompletedProcess:
-        # All stand-ins share the memory of one machine, so a warning about one host's memory would mean nothing.
+        # MEM_WARN_GIB is 0, because all stand-ins share the memory of one machine.
         return self.head.run(*INV, "health", env={"VLLM_API_KEY": self.key, "MEM_WARN_GIB": "0"}, timeout=60)
 
     def _type(self, host: Host, *words: str, **env: str) -> None:
-        """Type a task on a host, and show what the task says."""
+        """Run a task on a host, and show the lines that the task prints."""
         self.say(f"{host.name} $ inv {' '.join(words)}")
         self._follow(host.name, host.command(*INV, *words), host.env | env)
 
@@ -133,18 +133,18 @@ class Flow:
 
 
 def header_file(head: Host) -> Path:
-    """The file with the API key's header, which only root can read, for `curl -H @FILE`."""
+    """Return the file with the header of the API key, for `curl -H @FILE`. Only root can read the file."""
     return head.state / "authorization"
 
 
 def serve_line(model: Model, turned: dict[str, str] | None = None) -> list[str]:
-    """Return the words of the model's `vllm serve`, with some knobs turned as the shell would."""
+    """Return the words of the model's `vllm serve` line. turned: knobs, set as if in the shell."""
     settings = load_settings(model, shell={"ENV_FILE": "", **(turned or {})})
     return words_of(render(model.serve, hf_cache=HF_CACHE, **settings.public()))
 
 
 def refused(host: Host, lines: list[list[str]]) -> list[str]:
-    """Return what the vLLM in the image refuses of these lines, in its own words. The host's engine runs the image."""
+    """Return vLLM's own message for each line that its parser refuses. The host's engine runs the image."""
     python = ("--volume", f"{PARSER}:{PARSER}:ro", "--entrypoint", "python3", IMAGE, str(PARSER))
     words = ("docker", "run", "--rm", "--interactive", *python)
     done = host.run(*words, input=json.dumps(lines), stdin=None, timeout=300)
@@ -154,9 +154,9 @@ def refused(host: Host, lines: list[list[str]]) -> list[str]:
 
 
 def rehearse(rig: Rig, say: Say, keep: bool = False) -> tuple[list[str], bool]:
-    """Run the steps on a rig that is up, until one fails.
+    """Run the steps on a rig that is up, until a step fails.
 
-    Returns the checked list, where every promise has how long its step took, and whether all went well.
+    Returns a list of lines, and whether all steps succeeded. Each line has a promise and the seconds of its step.
     """
     steps, report, well = Flow(rig, say).steps(keep), [], True
     for number, (promise, do) in enumerate(steps, 1):

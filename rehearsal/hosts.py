@@ -1,4 +1,4 @@
-"""A stand-in Spark as commands see it, and the cables between stand-in Sparks."""
+"""A stand-in Spark with its links, and the cables between stand-in Sparks."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from rehearsal import model, sandbox
 from rehearsal.engine import Engine
 from rehearsal.shell import bound, run
 
-# The words for `inv`, in the Python that runs this.
+# The words that run `inv` with the Python of this process.
 INV = (sys.executable, "-m", "invoke", "--search-root", str(ROOT))
 TOOLS = Path(__file__).parent / "standin"  # nvidia-smi
 SWITCH = "switch"
@@ -42,41 +42,41 @@ class Host(Engine):
 
     @property
     def address(self) -> str:
-        """Its IPv4 address on the control link."""
+        """The host's IPv4 address on the control link."""
         return f"{CONTROL.subnet}.{self.number}"
 
     @property
     def cache(self) -> Path:
-        """Its CACHE_DIR, which holds the tiny model. The folder is removed after the run."""
+        """The host's CACHE_DIR, which holds the tiny model. The folder is removed after the run."""
         return self.state / "cache"
 
     @property
     def env(self) -> dict[str, str]:
-        """The whole environment of a command on this host. Of the operator's it has only PATH."""
+        """The whole environment of a command on this host. Only PATH comes from the operator's environment."""
         engine = super().env
         return {
             **engine,
             "PATH": f"{sandbox.state(self.root, 'bin')}:{TOOLS}:{engine['PATH']}",
             "SYSFS": str(self.state / "sys"),
             "CACHE_DIR": str(self.cache),
-            "ENV_FILE": "",  # no .env: the operator's is about other hosts
+            "ENV_FILE": "",  # no .env, because the operator's .env describes other hosts
         }
 
     def command(self, *words: str) -> list[str]:
-        """Words that run on this host, with its network and the /sys of that network. Give them `env` too."""
+        """Return the words that run a command on this host, with its network and /sys. The caller passes `env`."""
         return sandbox.entered("ip", "netns", "exec", self.name, *words)
 
     def run(self, *words: str, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
-        """Run words on this host to their end, with `env` added to the host's own and options of subprocess.run."""
+        """Run a command on this host. env is added to the host's environment; options are those of subprocess.run."""
         options = {"text": True, "capture_output": True, "stdin": subprocess.DEVNULL, **options}
         return subprocess.run(self.command(*words), env={**self.env, **(env or {})}, **options)
 
     def popen(self, *words: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-        """Start words on this host. The kernel kills them when the thread that started them ends."""
+        """Start a command on this host. The kernel kills its process when the thread that called this ends."""
         return subprocess.Popen(bound(*self.command(*words)), env={**self.env, **(env or {})}, **options)
 
     def furnish(self) -> None:
-        """Write the tiny model, and a sysfs tree: live network devices, and RoCE devices that point at them."""
+        """Write the tiny model, and a sysfs tree with the real network devices and a RoCE device for each cable."""
         model.write(self.cache / "huggingface" / model.NAME)
         folder = self.state / "sys/class"
         folder.mkdir(parents=True)
@@ -88,7 +88,7 @@ class Host(Engine):
 
 
 def connect(hosts: list[Host], *others: str) -> None:
-    """Make the hosts' networks and those called `others`, and cable the hosts through bridges in the switch's."""
+    """Make the networks of the hosts and of `others`. Connect the hosts through bridges in the switch's network."""
     for network in (SWITCH, *others, *(host.name for host in hosts)):
         _ip("netns", "add", network)
         _ip("-n", network, "link", "set", "lo", "up")
@@ -105,7 +105,7 @@ def connect(hosts: list[Host], *others: str) -> None:
 
 
 def switch(host: Host, netdev: str, state: str) -> None:
-    """Set the far end of a host's cable `up` or `down`. The carrier of the host's own end follows."""
+    """Set the switch's end of a host's cable `up` or `down`. The carrier of the host's end follows."""
     cable = next(cable for cable in CABLES if cable.netdev == netdev)
     _ip("-n", SWITCH, "link", "set", _port(host, cable), state)
 

@@ -1,6 +1,6 @@
-"""The stand-in for NGC's vLLM image: Debian from debootstrap, a real CPU build of vLLM, no Ray.
+"""The image that replaces NGC's vLLM image: Debian from debootstrap, a real CPU build of vLLM, and no Ray.
 
-The builder's containers borrow this machine's pip settings. Nothing of those settings is written into an image.
+The builder's containers use this machine's pip settings. No image keeps these settings.
 """
 
 import ast
@@ -27,7 +27,10 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def make(builder: Engine, say: Say) -> str:
-    """Build what is missing on the builder's engine, and return the image's name. Its tag tells its inputs."""
+    """Return the name of the stand-in vLLM image. Build the image and its base if the builder's engine lacks them.
+
+    The tag is a digest of all inputs, so a change of an input makes another image.
+    """
     files = sorted(file for file in CONTEXT.rglob("*") if file.is_file())
     texts = [f"{file.relative_to(CONTEXT)}\n{file.read_text()}" for file in files]
     base = f"rehearsal/base:{_digest(SUITE, *PACKAGES)}"
@@ -39,7 +42,7 @@ def make(builder: Engine, say: Say) -> str:
         say("stand-in vLLM image …")
         words = ("--network", "host", "--build-arg", f"BASE={base}", "--tag", image, CONTEXT)
         _logged(builder, "vllm", "docker", "build", *words)
-    # Images of earlier versions of this folder go, to give their disk back.
+    # The images of earlier inputs are removed, because each takes gigabytes of disk.
     ours = [word for name in ("base", "vllm") for word in ("--filter", f"reference=rehearsal/{name}")]
     listed = builder.docker("image", "ls", *ours, "--format", "{{.Repository}}:{{.Tag}}").split()
     if old := set(listed) - {base, image}:
@@ -48,9 +51,10 @@ def make(builder: Engine, say: Say) -> str:
 
 
 def clone(builder: Engine, engine: Engine) -> None:
-    """Give an engine that is stopped the builder's images, and nothing else.
+    """Give a stopped engine exactly the images of the builder.
 
-    Layers become hard links, because nobody writes into a layer. `docker save | docker load` takes a minute per host.
+    The layers are hard links, which is safe because no engine writes into a layer. `docker save | docker load` would
+    take a minute per host.
     """
     shutil.rmtree(engine.data, ignore_errors=True)
     engine.data.mkdir(parents=True)
@@ -71,7 +75,7 @@ def _bootstrap(builder: Engine, base: str) -> None:
 
 
 def _logged(builder: Engine, name: str, *words: str | Path) -> None:
-    """Run a long step in the sandbox, with its output in a log. Raises RehearsalError with the end of the log."""
+    """Run a long step in the sandbox. A log gets its output. Raises RehearsalError with the log's end if it fails."""
     log = sandbox.log(builder.root, name)
     with log.open("w") as output:
         line = sandbox.entered(*words, processes=True)
@@ -87,8 +91,8 @@ def _digest(*inputs: str) -> str:
 def pip_additions() -> dict:
     """Return the mounts and variables that give a container this machine's pip settings.
 
-    Folders that `find-links` names are lent too. An index that is a folder is left out: its links may lead anywhere.
-    /run becomes a tmpfs, so that no mount point stays behind in an image.
+    The container also mounts the folders that `find-links` names. An index that is a folder is left out, because its
+    links may point outside of the folder. /run is a tmpfs, so that no mount point stays in an image.
     """
     settings = pip_settings()
     lent: dict[str, str] = {}
@@ -114,7 +118,7 @@ def pip_additions() -> dict:
 
 
 def pip_settings() -> dict[str, str]:
-    """Return pip's settings for `install` as pip tells them. Its environment variables win over its files."""
+    """Return pip's settings for `install`, as `pip config list` prints them. Environment variables beat files."""
     pip = [sys.executable, "-m", "pip"]
     if not works(*pip, "--version"):
         pip = [shutil.which("pip3") or shutil.which("pip") or "true"]

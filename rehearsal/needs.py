@@ -1,4 +1,4 @@
-"""The needs of a rehearsal: programs with their packages, memory, disk, and the line that installs what is missing."""
+"""The programs, packages, memory and disk that a rehearsal needs, and the line that installs missing packages."""
 
 import os
 import platform
@@ -12,8 +12,8 @@ from rehearsal.shell import PATH, RehearsalError, works
 
 GB = 10**9
 MEMORY_GB = 8
-DISK_GB, DISK_AGAIN_GB = 12, 6  # the first time, and where the images of an earlier run are
-# Each program with Debian's package and, where there is one, Docker's own: the two kinds conflict.
+DISK_GB, DISK_AGAIN_GB = 12, 6  # for a first run, and for a run with the images of an earlier one
+# Each program with its package in Debian. Behind it Docker's own package, which conflicts with Debian's.
 PROGRAMS = {
     "dockerd": ("docker.io", "docker-ce"),
     "docker": ("docker.io", "docker-ce-cli"),
@@ -27,7 +27,7 @@ PROGRAMS = {
     "setpriv": ("util-linux",),
     "mount": ("mount",),
 }
-# The tests need these too: the head reaches its workers over ssh, and a person types curl.
+# The tests need these programs too.
 TESTS = {
     "sshd": ("openssh-server",),
     "ssh": ("openssh-client",),
@@ -38,9 +38,9 @@ TESTS = {
 
 
 def missing(root: Path | None = None, *, as_root: bool = True, tests: bool = False) -> str:
-    """Return what a rehearsal that lives in `root` lacks, with the line that installs what can be installed.
+    """Return a message with everything that a rehearsal in `root` lacks, and the line that installs the packages.
 
-    The text is empty if nothing is missing. `as_root=False` asks before `sudo`.
+    The message is empty if nothing is missing. as_root=False: a user who will use sudo asks, so root is not required.
     """
     lines = obstacles(root or sandbox.folder(), as_root)
     if lacking := packages(tests):
@@ -50,7 +50,7 @@ def missing(root: Path | None = None, *, as_root: bool = True, tests: bool = Fal
 
 
 def install(*, tests: bool = False) -> None:
-    """Install the packages that are missing, and remove none. Raises RehearsalError if apt-get fails."""
+    """Install the missing packages, and remove no package. Raises RehearsalError if apt-get fails."""
     lacking = packages(tests)
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for line in (["apt-get", "update"], install_line(lacking)) if lacking else ():
@@ -59,12 +59,12 @@ def install(*, tests: bool = False) -> None:
 
 
 def install_line(lacking: dict[str, str]) -> list[str]:
-    """Return apt-get's words: without recommended packages, and refusing to remove a package."""
+    """Return the line of apt-get. It installs no recommended package, and refuses to remove a package."""
     return ["apt-get", "install", "--yes", "--no-install-recommends", "--no-remove", *sorted(set(lacking.values()))]
 
 
 def packages(tests: bool = False) -> dict[str, str]:
-    """Return the package of each missing program: Docker's own where one of those is installed, else Debian's."""
+    """Return the package of each missing program. If one of Docker's own is installed, all of them are Docker's own."""
     wanted = PROGRAMS | (TESTS if tests else {})
     dockers = {names[-1] for names in PROGRAMS.values() if len(names) > 1}
     own = any(installed(package) for package in dockers)
@@ -79,12 +79,12 @@ def packages(tests: bool = False) -> dict[str, str]:
 
 
 def installed(package: str) -> bool:
-    """Whether dpkg has a package."""
+    """Whether a package is installed."""
     return works("sh", "-c", 'dpkg-query -W -f "\\${db:Status-Status}" "$1" | grep -qx installed', "sh", package)
 
 
 def _client_is_apart() -> bool:
-    """Whether docker.io comes without the command line: since Debian 13, not in Ubuntu 24.04."""
+    """Whether docker.io lacks the program `docker`. This is so since Debian 13, and not in Ubuntu 24.04."""
     try:
         system = platform.freedesktop_os_release()
     except OSError:
@@ -93,18 +93,23 @@ def _client_is_apart() -> bool:
 
 
 def obstacles(root: Path, as_root: bool = True) -> list[str]:
-    """Return what only a person can change: rights, platform, memory, and the folder with its disk."""
-    found = ["it takes root"] if as_root and os.geteuid() else []
+    """Return the obstacles that only a person can remove: rights, platform, memory, folder and disk."""
+    found = ["a rehearsal needs root"] if as_root and os.geteuid() else []
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return [*found, f"it takes Linux on x86-64 or aarch64, this is {platform.system()} on {platform.machine()}"]
+        return [
+            *found,
+            f"a rehearsal needs Linux on x86-64 or aarch64, this is {platform.system()} on {platform.machine()}",
+        ]
     words = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     if (memory := int(words.split()[1]) * 1024 / GB) < MEMORY_GB:
-        found.append(f"{memory:.0f} GB of memory are available, it takes {MEMORY_GB}")
+        found.append(f"{memory:.0f} GB of memory are available, a rehearsal needs {MEMORY_GB}")
     if foreign := sandbox.foreign(root):
-        setting = f"{sandbox.SETTING} names a folder that is empty, or not there yet"
-        found.append(f"{foreign} is not a rehearsal's ({setting})")
+        setting = f"set {sandbox.SETTING} to a folder that is empty or does not exist yet"
+        found.append(f"{foreign} does not belong to a rehearsal ({setting})")
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     wanted = DISK_AGAIN_GB if (root / "engines").exists() else DISK_GB
     if (disk := shutil.disk_usage(existing).free / GB) < wanted:
-        found.append(f"{disk:.0f} GB are free at {root}, it takes {wanted} ({sandbox.SETTING} names another folder)")
+        found.append(
+            f"{disk:.0f} GB are free at {root}, a rehearsal needs {wanted} (set {sandbox.SETTING} to another folder)"
+        )
     return found

@@ -1,4 +1,4 @@
-"""Runs in an image: which of the `vllm serve` lines on standard input (JSON) does vLLM's own parser refuse?"""
+"""Runs in an image. Reads `vllm serve` lines as JSON from standard input, and prints those that the parser refuses."""
 
 import contextlib
 import io

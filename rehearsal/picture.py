@@ -1,6 +1,6 @@
-"""Draws docs/rehearsal.svg: a terminal with a real rehearsal's `inv up` and `inv status`.
+"""Draws docs/rehearsal.svg: a terminal that shows `inv up` and `inv status` on real stand-in Sparks.
 
-Type, as root: .venv/bin/python -m rehearsal.picture
+Type as root: .venv/bin/python -m rehearsal.picture
 """
 
 import os
@@ -25,23 +25,23 @@ from rehearsal.shell import script
 
 WIDTH = 110
 CUTS = (
-    # Lines that the terminal erases, before their end or after it.
+    # Lines that the terminal erases, before or after their end.
     (r"[^\n]*\r\x1b\[2K|[^\n]*\n[^\n]*\x1b\[1A\x1b\[2K|\x1b\[\?25[lh]", ""),
-    # A command line under its comment: a picture of all its words would be 200 lines high.
+    # The words of a command line below its comment. With them the picture would be 200 lines high.
     (r"(?m)^((?:spark-\d \| )?# .*)\n(?:.*\\\n|(?:spark-\d \| )?export .*\n)*.*\n", r"\1 …\n"),
     (str(ROOT), "~/dgx-spark-cluster"),
 )
 
 
 def shown(host: Host, words: list[str], key: str) -> str:
-    """Type a task on a terminal of the host, and return what the terminal shows at the end."""
+    """Run a task on a terminal of the host, and return the text that the terminal shows at the end."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (50, WIDTH))
     env = {"VLLM_API_KEY": key, "WORKER_HOSTS": "spark-2", "TERM": "xterm-256color"}
     task = host.popen(*INV, *words, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     text = b""
-    with suppress(OSError):  # which comes when the last program on the terminal has ended
+    with suppress(OSError):  # reading fails when the last program on the terminal has ended
         while True:
             text += os.read(ours, 65536)
     if task.wait():
@@ -59,7 +59,7 @@ if __name__ == "__main__":
         flow.build()
         rig.copy(IMAGE)
         head, worker = rig.hosts
-        # No sshd runs here. This program named ssh steps into the other host.
+        # No sshd runs here. This script replaces ssh, and enters the other host directly.
         there = worker.command("env", *(f"{name}={value}" for name, value in worker.env.items()), "sh", "-c")
         script(sandbox.state(rig.root, "bin") / "ssh", "for last; do :; done", f'exec {shlex.join(there)} "$last"')
         for words in (["up", "--model", "rehearsal", "--allow", ALLOW], ["status"]):

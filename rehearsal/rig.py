@@ -1,4 +1,4 @@
-"""The stand-in Sparks put together."""
+"""The rig: all stand-in Sparks of one rehearsal, with their networks and engines."""
 
 import os
 import signal
@@ -15,9 +15,10 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Rig:
-    """`count` hosts and a builder's engine, up inside a `with` and gone after it (unless `keep` and all went well).
+    """`count` hosts and the builder's engine. They are up inside a `with`, and are taken down after it.
 
-    For the main thread only: signals go there, and the rig dies with the thread, even by SIGKILL, unless `keep`.
+    keep: the rig stays up after a `with` without a failure. Use a rig in the main thread only, because signals go to
+    that thread. Without keep the kernel kills the rig when that thread ends, even after a SIGKILL.
     """
 
     def __init__(self, count: int = 2, *, keep: bool = False, say: Say = print) -> None:
@@ -29,11 +30,14 @@ class Rig:
         self._lock: int | None = None
 
     def __enter__(self) -> "Rig":
-        """Remove what a killed run left, then make hosts and engines. Raises RehearsalError and leaves nothing up."""
+        """Remove the remains of a killed run, then start hosts and engines.
+
+        Raises RehearsalError if one of them does not start. Then nothing stays up.
+        """
         self._lock = sandbox.claim(self.root)
         try:
             for number in ENDINGS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` has SIGHUP ignored, and that stays so
+                if signal.getsignal(number) is not signal.SIG_IGN:  # under `nohup` SIGHUP stays ignored
                     signal.signal(number, _leave)
             sandbox.sweep(self.root)
             self.processes["sandbox"] = sandbox.begin(self._lock, keep=self.keep)
@@ -61,7 +65,7 @@ class Rig:
         self._lock = None
 
     def copy(self, name: str) -> None:
-        """Give an image of the builder's to every host that lacks it. Such a host is switched off and on for that."""
+        """Give an image of the builder to every host that lacks the image. Such a host is switched off and on again."""
         wanted = self.builder.image_id(name)
         lacking = [host for host in self.hosts if host.image_id(name) != wanted]
         if not wanted or not lacking:
@@ -74,11 +78,11 @@ class Rig:
             self.power_on(host)
 
     def power_off(self, host: Host) -> None:
-        """Kill a host's engine and all its containers at once, as a power cut does. Its links stay."""
+        """Kill a host's engine and all its containers at once, as a power cut does. The host's links stay."""
         host.kill(self.processes.pop(host.name))
 
     def power_on(self, *switched: Host) -> None:
-        """Start the engines of hosts and wait until they answer."""
+        """Start the engines of hosts, and wait until the engines answer."""
         names = "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in self.hosts)
         for host in switched:
             self.processes[host.name] = host.start(names, additions={})
@@ -86,11 +90,11 @@ class Rig:
             host.ready(self.processes[host.name])
 
     def link_down(self, host: Host, netdev: str) -> None:
-        """Take the carrier from a host's network device, by the other end of its cable."""
+        """Take the carrier from a host's network device: the switch's end of the cable goes down."""
         hosts.switch(host, netdev, "down")
 
     def link_up(self, host: Host, netdev: str) -> None:
-        """Give the carrier back."""
+        """Give the carrier back to a host's network device."""
         hosts.switch(host, netdev, "up")
 
     def _make(self) -> None:
@@ -106,7 +110,7 @@ class Rig:
 
 
 def _leave(number: int, _: object) -> None:
-    """Unwind the stack once: a second signal does not end what cleans up."""
+    """End the run by an exception. Further signals are ignored, so that they do not end the take-down."""
     for each in ENDINGS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -1,6 +1,6 @@
-"""Where a rehearsal lives: a folder of root's, and a process namespace with mounts of its own.
+"""The sandbox of a rehearsal: a folder that root owns, and a process namespace with mounts of its own.
 
-Engines, containers, networks and mounts end with the first process of that namespace, however the process ends.
+Engines, containers, networks and mounts end with the first process of that namespace, even if that process is killed.
 """
 
 import fcntl
@@ -18,60 +18,61 @@ from cluster.settings import load_settings
 from rehearsal.shell import ENV, RehearsalError, bound, wait, works
 
 SETTING = "REHEARSAL_DIR"
-# A socket's path has at most 107 characters, and containerd adds 51 of its own.
+# The longest folder: a socket's path has at most 107 characters, and containerd adds 51 to the folder.
 LONGEST = 56
 # spark/boot.sh covers these folders, so an engine would not see its own state there.
 COVERED = "dev|etc|opt|proc|run"
 OURS = ("engines", "run", "log", "base", "base.tar")
-# One rehearsal at a time on a machine, whatever REHEARSAL_DIR is.
+# This lock allows one rehearsal at a time on a machine, for every REHEARSAL_DIR.
 LOCK = Path("/run/dgx-spark-rehearsal.json")
 KEPT = "the stand-in Sparks of an earlier run were kept up. Take them down first: inv rehearse --down"
-# The parent of every container's control group. An empty group survives its processes.
+# The parent of every container's control group. A control group stays when its processes have ended.
 CGROUP, CGROUPS = "dgx-spark-rehearsal", Path("/sys/fs/cgroup")
-# Networks have their names in /run/netns, which here is the sandbox's own. The first process reaps all others.
+# /run/netns holds the names of the networks, so the sandbox gets its own. The first process of the sandbox is an init,
+# because it has to reap all others.
 _FIRST = "mkdir -p /run/netns && mount -t tmpfs rehearsal /run/netns && echo up && exec docker-init -- sleep infinity"
 _KILL = "for name in $(ls /run/netns); do ip netns pids $name; done | xargs --no-run-if-empty kill -KILL"
 
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder that REHEARSAL_DIR names. Raises RehearsalError where engines could not live in that folder."""
+    """Return the folder that REHEARSAL_DIR names. Raises RehearsalError if engines could not run in that folder."""
     path = Path(load_settings(shell=environ)[SETTING])
     if not re.fullmatch(rf"/(?!({COVERED})/)[\w./-]{{,{LONGEST - 1}}}", str(path)) or ".." in path.parts:
         raise RehearsalError(
             f"{SETTING} is {str(path)!r}; it takes an absolute path of letters, digits and ._/- of at most {LONGEST} "
-            "characters, because it becomes part of socket names and mount options. It may not lie below "
-            f"/{COVERED.replace('|', ', /')}, which each engine has for itself."
+            "characters, because the path becomes part of socket names and mount options. The path may not lie below "
+            f"/{COVERED.replace('|', ', /')}, because each engine has folders of its own there."
         )
     return path
 
 
 def foreign(root: Path) -> Path | None:
-    """Return something in the folder that no rehearsal made, or None. A rehearsal removes its own without asking."""
+    """Return a file in the folder that no rehearsal made, or None. A rehearsal deletes its own files without asking."""
     try:
         return next((path for path in sorted(root.iterdir()) if path.name not in OURS), None)
     except NotADirectoryError:
         return root
-    except OSError:  # the folder is not there yet, or only root may look: then root asks again
+    except OSError:  # the folder does not exist yet, or only root may read it; root will ask again
         return None
 
 
 def state(root: Path, name: str) -> Path:
-    """The folder for sockets and settings of one engine or host. It is removed after the run."""
+    """Return the folder for the sockets and settings of one engine or host. The folder is removed after the run."""
     return root / "run" / name
 
 
 def log(root: Path, name: str) -> Path:
-    """The log of an engine or of a long step. It stays until the next run."""
+    """Return the log of an engine or of a long step. The log stays until the next run."""
     return root / "log" / f"{name}.log"
 
 
-# --- The lock, and what is written in it -----------------------------------------------------------------------------
+# --- The lock, and the record in its file ----------------------------------------------------------------------------
 
 
 def claim(root: Path, *, ending: bool = False) -> int:
-    """Take the lock for a rehearsal in `root`. It lasts as long as a process has the returned descriptor open.
+    """Take the lock for a rehearsal in `root`. The lock is held while a process has the returned descriptor open.
 
-    Raises RehearsalError while another rehearsal has the lock, unless that one is `ending`.
+    Raises RehearsalError if another rehearsal holds the lock. ending: that rehearsal is ending, so wait for the lock.
     """
     descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -86,7 +87,7 @@ def claim(root: Path, *, ending: bool = False) -> int:
 
 
 def note(**known: int | None) -> None:
-    """Write down the first process of the rehearsal, or the process that owns it: None once it is kept."""
+    """Record `first`, the first process of the sandbox, or `process`, which owns the rehearsal (None: it is kept)."""
     LOCK.write_text(json.dumps(_record() | known))
 
 
@@ -98,7 +99,7 @@ def _record() -> dict:
 
 
 def begin(lock: int, *, keep: bool) -> subprocess.Popen:
-    """Start the first process, which holds the lock. It dies with this process unless `keep`."""
+    """Start the first process of the sandbox, which holds the lock. Without keep it ends with this process."""
     unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", _FIRST]
     words = unshare if keep else bound(*unshare)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -111,9 +112,10 @@ def begin(lock: int, *, keep: bool) -> subprocess.Popen:
 
 
 def entered(*words: str | Path, processes: bool = False) -> list[str]:
-    """Words that run in the sandbox, with its mounts. With `processes` they end with the sandbox.
+    """Return the words that run a command in the sandbox, with its mounts.
 
-    Only a child can enter a process namespace, so a signal to what was started then misses the words themselves.
+    processes: the command ends with the sandbox. nsenter then runs the command as a child, which no signal to nsenter
+    reaches.
     """
     into = ["nsenter", "--target", str(_record()["first"]), "--mount", *(["--pid"] if processes else [])]
     return [*into, *map(str, words)]
@@ -125,7 +127,7 @@ def child(process: int) -> int:
 
 
 def end() -> None:
-    """Kill the commands on the hosts and everything in the sandbox, and wait until the kernel has ended them."""
+    """Kill the commands on the hosts and all processes in the sandbox. Wait until the kernel has ended them."""
     if first := _record().get("first"):
         works(*entered("sh", "-c", _KILL))
         os.kill(first, signal.SIGKILL)
@@ -135,14 +137,15 @@ def end() -> None:
 def sweep(root: Path) -> None:
     """Remove the files and the empty control groups of a rehearsal that has ended."""
     groups = (CGROUPS, "-depth", "-type", "d", "(", "-name", CGROUP, "-o", "-path", f"*/{CGROUP}/*", ")")
-    wait(lambda: works("find", *groups, "-exec", "rmdir", "{}", "+"), 10)  # the kernel may still reap a process there
+    # The kernel may still be ending a process in a group.
+    wait(lambda: works("find", *groups, "-exec", "rmdir", "{}", "+"), 10)
     shutil.rmtree(root / "run", ignore_errors=True)
 
 
 def take_down() -> bool:
-    """End a kept rehearsal, or remove what a killed one left. Returns whether there was any.
+    """End a rehearsal that was kept up, or remove the remains of a killed one. Return whether there was one.
 
-    Raises RehearsalError while another process rehearses.
+    Raises RehearsalError if a rehearsal is running.
     """
     root = Path(_record().get("root") or folder())
     try:

@@ -1,4 +1,4 @@
-"""Short commands, and waiting. Each error is a sentence that a person can act on."""
+"""Short commands, and waiting for a condition. Each error is a sentence that a person can act on."""
 
 import os
 import shlex
@@ -12,22 +12,22 @@ from invoke import Exit
 
 Say = Callable[[str], None]
 
-# A user's PATH often lacks the folders of administration, and so does root's after a plain `su`.
+# The PATH of a user often lacks the sbin folders. The PATH of root lacks them after a plain `su`.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 ENV = {**os.environ, "PATH": PATH}
 
 
 class RehearsalError(Exit):
-    """The rehearsal cannot go on. Invoke shows the text and ends with status 1."""
+    """The rehearsal cannot go on. Invoke prints the text and ends with status 1."""
 
 
 def bound(*words: str) -> list[str]:
-    """Words that the kernel kills when the thread that started them ends."""
+    """Return the words of a command that the kernel kills when the thread that started it ends."""
     return ["setpriv", "--pdeathsig", "KILL", *words]
 
 
 def run(*words: str | Path, **options) -> str:
-    """Run a short command and return its standard output, stripped. Raises RehearsalError with its last words."""
+    """Run a short command, and return its standard output, stripped. Raises RehearsalError with its last lines."""
     quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "env": ENV}
     done = subprocess.run([str(word) for word in words], **{**quiet, **options})
     if done.returncode:
@@ -50,7 +50,7 @@ def script(path: Path, *lines: str) -> None:
 
 
 def wait(condition: Callable[[], bool], seconds: float, pause: float = 0.1) -> bool:
-    """Ask until the condition holds or the seconds have passed, and return the last answer."""
+    """Check the condition until it holds or the seconds have passed. Return whether it holds."""
     end = time.monotonic() + seconds
     while not (held := condition()) and time.monotonic() < end:
         time.sleep(pause)

@@ -1,4 +1,4 @@
-"""`inv rehearse` and `inv test`. Both need a machine that has what a rehearsal takes, and root."""
+"""The tasks `inv rehearse` and `inv test`. Both need root, and the programs of `needs`."""
 
 import os
 import shlex
@@ -20,18 +20,18 @@ PYTEST = (sys.executable, "-m", "pytest", "--rootdir", str(ROOT), "-p", "no:cach
 
 
 def check(hosts: str) -> None:
-    """Raise Exit for a number of hosts that the tiny model cannot be split by."""
+    """Raise Exit for a number of hosts over which the tiny model cannot be split."""
     if hosts not in HOSTS:
         raise Exit(f"--hosts is {hosts!r}; it takes {', '.join(HOSTS)}.")
 
 
 def prepare(install: bool, *task: str, tests: bool = False) -> None:
-    """Have all that a rehearsal needs, as root. A user becomes the same task under sudo.
+    """Make sure that a rehearsal can run. For a user, the process becomes the same task under sudo.
 
-    Raises Exit with what to type if something is missing.
+    install: install the missing packages first. Raises Exit with the line to type if something is missing.
     """
     if not install and (said := needs.missing(as_root=False, tests=tests)):
-        raise Exit(f"{said}\nOr let --install type it.")
+        raise Exit(f"{said}\nOr add --install, which installs them.")
     if os.geteuid():
         as_root(*INV, *task)
     if install:
@@ -41,39 +41,39 @@ def prepare(install: bool, *task: str, tests: bool = False) -> None:
 
 
 def as_root(*words: str) -> NoReturn:
-    """Become these words under sudo, which keeps only the settings that count here."""
+    """Become a command under sudo. sudo keeps only the variables that a rehearsal needs."""
     kept = [
         name for name in os.environ if name in HANDED_ON or name.startswith("PIP_") or name.lower().endswith("_proxy")
     ]
-    env = ("env", "PYTHONDONTWRITEBYTECODE=1")  # root leaves no file in the checkout
+    env = ("env", "PYTHONDONTWRITEBYTECODE=1")  # root must leave no file in the checkout
     become(Command((("sudo", f"--preserve-env={','.join(sorted(kept))}", *env, *words),), "as root"))
 
 
 def rehearse(hosts: str, keep: bool) -> None:
-    """Run the flow on so many stand-in Sparks and print the checked list. Raises Exit if a step failed."""
+    """Run the flow on so many stand-in Sparks, and print the results. Raises Exit if a step failed."""
     with Rig(int(hosts), keep=keep, say=say) as rig:
         report, well = flow.rehearse(rig, say, keep)
         say("", *(_how_to_talk(rig) if keep else ()), *report)
     if not well:
-        raise Exit(f"The rehearsal failed; its logs are in {rig.root}/log.")
+        raise Exit(f"The rehearsal failed. Its logs are in {rig.root}/log.")
 
 
 def down() -> None:
-    """Take a kept rehearsal down, as root. Raises Exit while another rehearsal runs."""
+    """Take down a rehearsal that was kept up. Raises Exit while a rehearsal runs."""
     if os.geteuid():
         as_root(*INV, "rehearse", "--down")
-    say("It is down." if sandbox.take_down() else "There is nothing to take down.")
+    say("The stand-in Sparks are down." if sandbox.take_down() else "There is nothing to take down.")
 
 
 def fast() -> NoReturn:
-    """Become pytest on the fast tests."""
+    """Become pytest, and run the fast tests."""
     become(Command(((*PYTEST, str(ROOT / "tests")),)))
 
 
 def everything(install: bool) -> NoReturn:
-    """Become pytest on all tests. A user's fast tests run as the user, the rest as root through sudo.
+    """Become pytest, and run all tests. For a user, the fast tests run as the user, and all tests run as root.
 
-    With install, or where CI is set, a test that cannot run fails. Otherwise it is skipped with its reason.
+    With install, or if CI is set, a test that cannot run fails. Otherwise the test is skipped with its reason.
     """
     if install:
         os.environ["CI"] = "true"

@@ -42,7 +42,7 @@ follow() { # show the log from its start until the server ends
     exec tail -n +1 -F --pid="$(cat "$pid")" "$log"
 }
 
-state() { # print 0 if the server runs, else 1; its start in seconds since 1970; its words. No server was started: nothing
+state() { # print 0 if the server runs, else 1; its start in seconds since 1970; its words. Without a server: nothing
     [ -e "$pid" ] || exit 0
     kill -0 -- "-$(cat "$pid")" 2>/dev/null
     echo $?

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Makes one stand-in Spark and becomes its Docker Engine. It runs in mount, process and host-name namespaces of its own,
-# so nobody else sees what is mounted or written here below /etc, /opt, /run, /dev and /proc.
+# Makes one stand-in Spark and becomes its Docker Engine. This script runs in mount, process and host-name namespaces of
+# its own, so its changes below /etc, /opt, /run, /dev and /proc are visible only in there.
 #   boot.sh NAME STATE DATA CGROUP REPOSITORY PYTHON
 set -eu
 NAME=$1 STATE=$2 DATA=$3 CGROUP=$4 REPOSITORY=$5 PYTHON=$6
 
 echo "$NAME" > /proc/sys/kernel/hostname
 
-# After a power cut, the first three name processes that do not exist any more.
+# After a power cut the first three of these name processes that have ended.
 rm -rf "$STATE/exec" "$STATE/docker.pid" "$STATE/docker.sock" "${STATE:?}/bin"
 mkdir -p "$STATE/net" "$STATE/private" "$STATE/bin"
-# dockerd finds these two before others. The hook is what makes dockerd offer `--gpus`.
+# dockerd finds these two programs first, by its PATH. dockerd offers `--gpus` only if it finds the hook.
 ln -s /bin/true "$STATE/bin/nvidia-container-runtime-hook"
 printf '#!/bin/sh\nexec "%s" -IS "%s" "%s" "%s" "$@"\n' \
     "$PYTHON" "${0%/*}/runc.py" "$(command -v runc)" "$STATE/additions.json" > "$STATE/bin/runc"
@@ -22,10 +22,11 @@ mount --bind "/run/netns/$NAME" "$STATE/net/own"
 mount --bind /proc/self/ns/net "$STATE/net/machine"
 mount -t tmpfs -o mode=755 rehearsal "$STATE/private"
 
-# Containers mount scripts of the repository, which may itself lie below one of the folders that are covered here.
+# Containers mount scripts of the repository. The repository may lie below a folder that the next lines cover.
 mkdir "$STATE/private/repository"
 mount --bind "$REPOSITORY" "$STATE/private/repository"
-# dockerd and containerd leave keys, folders and sockets there, and would use a containerd that runs on this machine.
+# An overlay covers each folder, because dockerd and containerd write keys, folders and sockets there. Otherwise dockerd
+# would also find the containerd of this machine.
 for folder in etc opt run; do
     mkdir -p "/$folder" "$STATE/private/$folder/upper" "$STATE/private/$folder/work"
     mount -t overlay -o \
@@ -54,11 +55,11 @@ mknod "$STATE/private/dev/infiniband/uverbs0" c 1 3
 mount --rbind "$STATE/private/dev" /dev
 mount -t proc proc /proc
 
-# Without a file dockerd reads this machine's own. The snapshotter is the default of new engines; rehearsal/image.py clones
-# overlay2.
+# Without this file dockerd would read the file of this machine. The snapshotter is off, because rehearsal/image.py
+# clones the layers of overlay2.
 echo '{"features": {"containerd-snapshotter": false}}' > "$STATE/engine.json"
-# nsenter, because `ip netns exec` mounts /sys anew and hides the control groups. An init, because dockerd as process 1
-# never reaps what its containers leave behind.
+# nsenter enters the network, because `ip netns exec` would mount /sys anew and hide the control groups. docker-init is
+# process 1, because dockerd does not reap the processes that its containers leave.
 exec nsenter --net="$STATE/net/own" env "PATH=$STATE/bin:$PATH" docker-init -- dockerd \
     --config-file "$STATE/engine.json" --host "unix://$STATE/docker.sock" --pidfile "$STATE/docker.pid" \
     --data-root "$DATA" --exec-root "$STATE/exec" --storage-driver overlay2 \

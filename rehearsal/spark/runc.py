@@ -1,6 +1,6 @@
-"""Stands in front of runc: takes out of a container's specification what this machine cannot give, then becomes runc.
+"""Runs in place of runc: edits the container's specification for this machine, then becomes the real runc.
 
-Words: the real runc, a JSON file with what this engine adds (`network`, `mounts`, `env`), then runc's own words.
+Arguments: the real runc; a JSON file with this engine's additions (`network`, `mounts`, `env`); the arguments of runc.
 """
 
 import json
@@ -9,10 +9,13 @@ import sys
 
 
 def edit(path: str, extra: dict) -> None:
-    """Drop the limits (raising one takes CAP_SYS_RESOURCE, which sandboxes lack) and add mounts and variables."""
+    """Drop all limits, and add network, mounts and variables.
+
+    Raising a limit needs CAP_SYS_RESOURCE, which many sandboxes lack.
+    """
     with open(path) as file:
         spec = json.load(file)
-    process = spec.get("process", spec)  # `exec` gets the process alone
+    process = spec.get("process", spec)  # for `exec` the file holds the process alone
     process.pop("rlimits", None)
     process["env"] = process.get("env", []) + extra.get("env", [])
     if "mounts" in spec:
@@ -20,7 +23,8 @@ def edit(path: str, extra: dict) -> None:
     if "linux" in spec and "network" in extra:
         spaces = spec["linux"].setdefault("namespaces", [])
         known = [space for space in spaces if space["type"] == "network"]
-        if not known:  # BuildKit leaves the engine's network out, Docker names it. A network of its own has no path.
+        # BuildKit leaves the engine's network out; Docker gives its path. A network of the container's own has no path.
+        if not known:
             spaces.append({"type": "network", "path": extra["network"]})
         elif "path" in known[0]:
             known[0]["path"] = extra["network"]

@@ -46,7 +46,7 @@ def test_kept_sparks_answer_as_it_says_and_go_when_told():
         assert answer in told.stdout
     second = rehearse()
     assert second.returncode != 0 and "--down" in second.stderr
-    assert "It is down." in rehearse("--down").stderr
+    assert "The stand-in Sparks are down." in rehearse("--down").stderr
 
 
 @pytest.mark.parametrize("flags", [("--hosts", "3"), ("--hosts", "two")])

@@ -51,11 +51,11 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     """A rehearsal removes files below its folder, so it takes only an empty folder, or one of an earlier rehearsal."""
     for name in ("engines", "run", "log"):
         (tmp_path / name).mkdir()
-    assert "is not a rehearsal's" not in needs.missing(tmp_path) + needs.missing(tmp_path / "not there yet")
+    assert "does not belong" not in needs.missing(tmp_path) + needs.missing(tmp_path / "not there yet")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").touch()
-    assert "one.jpg is not a rehearsal's" in needs.missing(tmp_path / "photos/one.jpg")
-    assert f"{tmp_path}/photos is not a rehearsal's (REHEARSAL_DIR names " in needs.missing(tmp_path)
+    assert "one.jpg does not belong to a rehearsal" in needs.missing(tmp_path / "photos/one.jpg")
+    assert f"{tmp_path}/photos does not belong to a rehearsal (set REHEARSAL_DIR " in needs.missing(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["sparks", "/my sparks", "/opt/sparks", f"/{'x' * 56}", "/srv/../sparks"])
