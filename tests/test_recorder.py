@@ -148,20 +148,20 @@ def after(clock, look, values, *least, every=1.0):
 
 
 def test_a_change_that_is_large_enough_is_a_move(clock, recorder):
-    """Up or down, in one step or in several: a slow change counts when it has come far enough."""
+    """The change may go up or down, in one step or in several. A slow change counts when it is large enough."""
     assert after(clock, recorder.Stillness().see, [100, 101, 109, 110, 119, 90], 10) == [0, 1, 2, 0, 1, 0]
     assert after(clock, recorder.Stillness().see, [0, 0, 1, 1], 1) == [0, 1, 0, 1]
 
 
 def test_a_thing_that_cannot_be_seen_is_not_still(clock, recorder):
-    """A node that does not answer is no sign of a hang; the count begins again when it answers again."""
+    """A node that does not answer is no sign of a hang. The count starts again when the node answers."""
     looks = [100, 100, None, None, 100, 100, 100]
     assert after(clock, recorder.Stillness().see, looks, 10) == [0, 1, 0, 0, 0, 1, 2]
     assert after(clock, recorder.Stillness().see_cpu, [7.0, 7.0, None, 7.0, 7.0], every=5) == [0, 5, 0, 0, 5]
 
 
 def test_a_processor_is_busy_by_its_share(clock, recorder):
-    """A tenth of one processor over some seconds is work; an idle rank stays below, and one moment is not enough."""
+    """A tenth of one processor over some seconds is work. An idle rank stays below, and one moment is too short."""
     assert (recorder.CPU_S, recorder.BUSY_CPU) == (4, 0.1)
     assert after(clock, recorder.Stillness().see_cpu, [n * 0.09 for n in range(11)])[-1] == 8
     assert after(clock, recorder.Stillness().see_cpu, [n * 0.11 for n in range(11)])[-3:] == [0, 0, 0]
@@ -169,17 +169,17 @@ def test_a_processor_is_busy_by_its_share(clock, recorder):
 
 
 def test_a_process_that_ended_has_worked(clock, still):
-    """Its seconds are missing from the sum, so something happened."""
+    """The sum loses the seconds of the ended process, and any such change counts as a move."""
     assert after(clock, still.see_cpu, [50.0, 50.0, 3.0], every=5) == [0, 5, 0]
 
 
 def test_a_thing_is_still_until_it_moves(clock, still):
-    """The count grows to whatever HANG_S is, and the first move ends it."""
+    """The count grows without a limit, and the first move resets it."""
     assert after(clock, still.see_cpu, [1.0] * 100 + [9.0], every=5)[99:] == [495, 0]
 
 
 def test_a_clock_that_is_set_is_no_hang(clock, still):
-    """A rank that works all along is not still for the hour by which the clock was wrong."""
+    """A change of the machine's clock does not count as seconds without a move."""
     after(clock, still.see_cpu, [1.0, 3.0, 5.0, 7.0, 9.0])
     clock.step(3600)
     assert after(clock, still.see_cpu, [11.0])[-1] < 10
@@ -189,7 +189,7 @@ def test_a_clock_that_is_set_is_no_hang(clock, still):
 
 
 def test_ranks_are_known_by_their_titles(recorder):
-    """Both of vLLM's executors give a rank such a title, which psutil may cut at 15 letters; other programs do not."""
+    """Both executors of vLLM give a rank such a title. psutil may cut it at 15 letters. No other program has one."""
     names = ("ray::RayWorkerWrapper.execute", "ray::RayWorkerP", "ray::IDLE", "ray::Gauge.look", "raylet", "python3")
     for number, name in enumerate(names):
         recorder.psutil.add(10 + number, name, spent=1.5)
@@ -198,7 +198,7 @@ def test_ranks_are_known_by_their_titles(recorder):
 
 
 def test_a_rank_that_waits_for_its_compiler_works(recorder):
-    """A rank starts programs that compile kernels at the first request, and waits for them: that is no hang."""
+    """At the first request a rank waits for programs that compile kernels. That wait is no hang."""
     recorder.psutil.add(12, "cicc", parent=11, spent=60)
     recorder.psutil.add(11, "ninja", parent=10, spent=0.5, collected=20)
     recorder.psutil.add(10, "ray::RayWorkerW", spent=1)
@@ -206,16 +206,16 @@ def test_a_rank_that_waits_for_its_compiler_works(recorder):
     assert (told["ranks"], told["cpu"]) == (1, 81.5)
 
 
-def test_links_that_are_not_up_are_told(recorder, monkeypatch):
-    """Each link that either variable names, once; a link that is missing is not up."""
+def test_links_that_are_not_up_are_reported(recorder, monkeypatch):
+    """Each link that either variable names is reported once. A missing link is not up."""
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "one,two")
     monkeypatch.setenv("TP_SOCKET_IFNAME", "three,two,")
     recorder.psutil.links = {"one": True, "two": False, "other": False}
     assert recorder.Gauge().look()["down"] == ["three", "two"]
 
 
-def test_the_other_half_of_a_port_is_told(recorder, monkeypatch):
-    """A RoCE device carries data whether or not its interface has an address, so its link counts, once."""
+def test_the_other_half_of_a_port_is_reported(recorder, monkeypatch):
+    """A RoCE device carries data even if its interface has no address, so its link counts, once."""
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "one")
     monkeypatch.setenv("NCCL_IB_HCA", "mlx0,mlx1,,mlx2")
     halves = {f"/sys/class/infiniband/mlx{n}/device/net/*": [f"/x/{name}"] for n, name in ((0, "one"), (1, "two"))}
@@ -253,8 +253,8 @@ def ended(*_):
         *((FileNotFoundError(2, "No such file"), None), (subprocess.TimeoutExpired("nvidia-smi", 3), None)),
     ],
 )
-def test_a_gpu_that_does_not_tell_is_unknown(plays, percent, smi, recorder, clock, monkeypatch):
-    """Unknown is not idle; and nvidia-smi has 5 s to answer."""
+def test_a_gpu_without_a_figure_is_unknown(plays, percent, smi, recorder, clock, monkeypatch):
+    """An unknown GPU is not an idle GPU. nvidia-smi has 5 s to answer."""
     smi.plays = plays
     monkeypatch.setattr(clock, "sleep", ended)
     gauge = recorder.Gauge()
@@ -265,8 +265,8 @@ def test_a_gpu_that_does_not_tell_is_unknown(plays, percent, smi, recorder, cloc
     assert smi.calls[0]["timeout"] == recorder.GPU_S == 5
 
 
-def test_the_gpu_is_asked_beside_the_looks(smi, recorder, clock, monkeypatch):
-    """Every 5 s, because asking costs time, and never in a look at the memory."""
+def test_the_gpu_is_read_in_a_thread_of_its_own(smi, recorder, clock, monkeypatch):
+    """nvidia-smi runs every 5 s, because it is slow, and never during a look at the memory."""
     gauge, smi.plays, looks = recorder.Gauge(), "7\n", [recorder.Gauge().look()["gpu"]]
 
     def sleep(seconds):
@@ -281,8 +281,8 @@ def test_the_gpu_is_asked_beside_the_looks(smi, recorder, clock, monkeypatch):
     assert looks == [None, 7, 7, 7] and len(smi.calls) == 3
 
 
-def test_a_gpu_that_was_told_long_ago_is_unknown(smi, recorder, clock, monkeypatch):
-    """The last figure says nothing about a driver that has hung since."""
+def test_an_old_figure_of_a_gpu_is_unknown(smi, recorder, clock, monkeypatch):
+    """An old figure is not used, because the driver may have hung since."""
     gauge, smi.plays = recorder.Gauge(), "7\n"
     monkeypatch.setattr(clock, "sleep", ended)
     with pytest.raises(StopIteration):
@@ -295,7 +295,7 @@ def test_a_gpu_that_was_told_long_ago_is_unknown(smi, recorder, clock, monkeypat
 
 
 def test_a_driver_that_hangs_is_no_lost_node(recorder, monkeypatch):
-    """A look is answered while nvidia-smi does not answer; otherwise the node's memory would not be guarded."""
+    """A node answers a look even while nvidia-smi hangs. Otherwise its memory would not be guarded."""
     hangs = threading.Event()
     driver = SimpleNamespace(run=lambda *_, **__: hangs.set() or threading.Event().wait())
     monkeypatch.setattr(recorder, "threading", threading)
@@ -305,7 +305,7 @@ def test_a_driver_that_hangs_is_no_lost_node(recorder, monkeypatch):
 
 
 def test_a_gauge_is_on_each_node_that_is_alive(recorder, monkeypatch):
-    """Each gauge is pinned to its node and found by the node's address."""
+    """Each gauge is pinned to its node, and its node's address is its key."""
     nodes = [{"NodeManagerAddress": at, "NodeID": at[-1], "Alive": True} for at in BOTH]
     nodes.append({"NodeManagerAddress": "10.0.0.3", "NodeID": "3", "Alive": False})
     for module in (recorder, recorder.every):
@@ -315,7 +315,7 @@ def test_a_gauge_is_on_each_node_that_is_alive(recorder, monkeypatch):
 
 
 def test_a_node_that_does_not_answer_is_none(recorder, monkeypatch):
-    """All nodes are asked at once, and the wait is for all together; the others' answers count."""
+    """All nodes are asked at once and share one time limit. The answers of the other nodes count."""
     waited = []
     monkeypatch.setattr(recorder.every, "ray", fake_ray(wait=lambda asked, **options: waited.append((asked, options))))
     late = Late()
@@ -375,7 +375,7 @@ REFUSED, LATE = ConnectionRefusedError(111, "Connection refused"), TimeoutError(
 
 
 def test_counters_that_change_have_moved(followed):
-    """Tokens and the KV cache count; other figures do not, however many requests wait."""
+    """Tokens and the KV cache count. Other samples do not, however many requests wait."""
     pages = [(7, 0, 1), (7, 1, 1), (7, 2, 2), (8, 2, 2), (8, 0, 3)]
     told = followed(*(page(tokens, running, processor=spent) for tokens, running, spent in pages))
     assert told.counters == [0, 15, 30, 0, 15]
@@ -384,26 +384,26 @@ def test_counters_that_change_have_moved(followed):
 
 
 def test_no_request_waits_for_an_idle_server(followed):
-    """The server answers and has nothing to do: its counters stand still, and no wait is counted."""
+    """An idle server answers, its counters stand still, and no wait is counted."""
     told = followed(*[page()] * 99)
     assert (told.waiting, told.counters[-1]) == ([0] * 99, 98 * 15)
 
 
 @pytest.mark.parametrize("asked", [{"running": 1}, {"waiting": 1}, {"running": 1, "waiting": 2}])
 def test_a_wait_begins_after_the_last_idle_look(asked, followed):
-    """A request waits or runs; however long the server was idle before does not count, and an idle look ends it."""
+    """A request that runs or waits starts the count. Time before does not count, and an idle look ends the count."""
     told = followed(*[page()] * 9, *[page(**asked)] * 3, page(), page(**asked))
     assert told.waiting[8:] == [0, 15, 30, 45, 0, 15]
 
 
 def test_requests_that_are_served_wait_and_move(followed):
-    """On a busy server some request always waits: the wait alone is no hang, because the counters move."""
+    """On a busy server a request always waits. This is no hang, because the counters move."""
     told = followed(*(page(tokens, running=1) for tokens in range(5)))
     assert (told.counters, told.waiting) == ([0] * 5, [0, 15, 30, 45, 60])
 
 
 def test_a_server_that_does_not_answer_lets_requests_wait(followed):
-    """Not up yet, hung, or gone: its counters stand still from the first time on, and are read again later."""
+    """The server may be starting, hung or gone. Its counters stand still, and are read again later."""
     told = followed(REFUSED, REFUSED, REFUSED, page())
     assert (told.counters, told.waiting) == ([0, 15, 30, 0], [0, 15, 30, 0])
     told = followed(page(running=1), LATE, LATE, page(running=1), page(8, running=1))
@@ -413,13 +413,13 @@ def test_a_server_that_does_not_answer_lets_requests_wait(followed):
 
 
 def test_a_server_that_refuses_its_metrics_lets_no_request_wait(followed):
-    """The server answers: the next request must not find a hang that nobody has seen."""
+    """The server answers, so no wait is counted, and the next request cannot look like a hang."""
     refusal = urllib.error.HTTPError("http://head/metrics", 404, "none here", {}, io.BytesIO())
     assert followed(*[refusal] * 9).waiting == [0] * 9
 
 
 def test_half_an_answer_does_not_end_the_reading(followed):
-    """Otherwise the counters would stand still from then on, whatever the server does."""
+    """If the reading ended, the counters would stand still from then on."""
     half, none = http.client.IncompleteRead(b"vllm"), http.client.BadStatusLine("TLS")
     odd = "vllm:num_requests_running many\n"
     told = followed(page(running=1), half, none, odd, page(8))
@@ -458,7 +458,7 @@ def moved(found):
 
 
 def test_a_cluster_on_which_nothing_moves_is_still(noted):
-    """Everything that `health` judges by is noted, and is still on idle nodes, without a log or a server's process."""
+    """Everything that `health` judges is noted. On idle nodes it stands still, even without a log or a server."""
     found = noted(*[two()] * 5)
     nodes = {f"{thing} {address}" for thing in ("cpu", "memory") for address in BOTH}
     assert set(found) == {*nodes, "gpu", "log", "server_cpu"} and set(found.values()) == {20}
@@ -477,14 +477,14 @@ def test_a_cluster_on_which_nothing_moves_is_still(noted):
     ids=["memory", "cpu", "rank ended", "gpu", "no answer"],
 )
 def test_one_node_that_moves_is_noted(things, last, noted):
-    """The move of one node is enough; a node that does not answer was not seen to be still."""
+    """A move of one node is enough. A node that does not answer does not count as still."""
     found = noted(*[two()] * 4, last)
     assert moved(found) == things and {found[name] for name in set(found) - things} == {20}
     assert {Recorded(last, found).quiet(name.partition(" ")[0]) for name in things} == {0}
 
 
 def test_a_node_that_does_not_answer_hides_no_other(noted):
-    """Each node is compared with itself, not with a sum that lacks a node."""
+    """Each node is compared with itself, and not with a sum over all nodes."""
     silent = {BOTH[0]: node(cpu=9.0), BOTH[1]: None}
     assert moved(noted(two(), silent)) >= {"cpu 10.0.0.1", "cpu 10.0.0.2"}
     found = noted(silent, silent)
@@ -500,12 +500,12 @@ def test_a_node_that_does_not_answer_hides_no_other(noted):
     ids=["memory", "cpu", "cpu of both", "gpu", "no gpu", "rank"],
 )
 def test_an_idle_node_is_still(last, noted):
-    """Less than a tenth of a processor a node, 5 % of the GPU or 64 MiB is no work; nor is a GPU that does not tell."""
+    """Less than 0.1 processor, 5 % of the GPU or 64 MiB is no work. A GPU without a figure is no work either."""
     assert set(noted(*[two()] * 4, last).values()) == {20}
 
 
 def test_the_servers_own_processes_and_log_are_noted(noted, recorder, tmp_path):
-    """The server and what it started, and every byte of its log; no other process of the node."""
+    """The server, its children and each byte of its log count. Other processes of the node do not."""
     recorder.psutil.add(SERVER, "vllm", 10)
     recorder.psutil.add(5, "raylet", 10)
     noted(*[two()] * 4)
@@ -543,20 +543,20 @@ def recorded(recorder, monkeypatch, tmp_path, capsys):
 
 
 def test_a_server_without_memory_is_ended(recorded):
-    """As soon as one node has less than the limit, because unified memory that runs out hangs the host."""
+    """The server is ended as soon as one node is below the limit, because full unified memory hangs the host."""
     found = recorded(two(), two(available=2 * GIB), two(available=2 * GIB - 1), two())
     assert (found.ended, found.looks) == ([SERVER], 3)
     assert "10.0.0.2 has 2.0 GiB left, less than MEM_ABORT_GIB (2): ending the server" in found.said
 
 
 def test_a_limit_of_nothing_ends_nothing(recorded):
-    """MEM_ABORT_GIB=0 only looks, and says so."""
+    """With MEM_ABORT_GIB=0 the recorder only looks, and its first line says so."""
     found = recorded(two(available=1), two(available=0), two(), least=0.0)
     assert (found.ended, found.looks) == ([], 3) and "MEM_ABORT_GIB is 0: it only looks" in found.said
 
 
 def test_every_look_is_kept(recorded, clock, tmp_path):
-    """The last look and the lowest memory lie where the host reads them, each file whole."""
+    """The host can read the last look and the lowest memory. Each file is written whole."""
     found = recorded(two(available=9 * GIB), two(available=7 * GIB), two(available=8 * GIB, gpu=None))
     assert vars(found)["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 7 * GIB}
     assert found.vitals["at"] == clock.time() - 1 and found.vitals["nodes"] == two(available=8 * GIB, gpu=None)
@@ -567,7 +567,7 @@ def test_every_look_is_kept(recorded, clock, tmp_path):
 
 
 def test_a_node_that_does_not_answer_is_said_once(recorded):
-    """The other node is guarded on, and so is this one when it is back; a second silence is said again."""
+    """Each silence of a node is one line. The other node stays guarded, and the silent node is guarded again later."""
     silent = {BOTH[0]: node(), BOTH[1]: None}
     found = recorded(silent, silent, two(), silent, {BOTH[0]: node(available=GIB), BOTH[1]: None})
     assert found.said.count("10.0.0.2 does not answer; its memory is not watched") == 2
@@ -576,7 +576,7 @@ def test_a_node_that_does_not_answer_is_said_once(recorded):
 
 
 def test_the_lowest_memory_outlives_a_recorder(recorded, tmp_path):
-    """A recorder that is started again goes on from there; a file that is no JSON is begun anew."""
+    """A restarted recorder continues the file. If the file is no JSON, the recorder begins it anew."""
     (tmp_path / "memory-low.json").write_text(json.dumps({BOTH[1]: 3 * GIB}))
     assert vars(recorded(two(available=9 * GIB)))["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 3 * GIB}
     (tmp_path / "memory-low.json").write_text("{")
@@ -584,7 +584,7 @@ def test_the_lowest_memory_outlives_a_recorder(recorded, tmp_path):
 
 
 def test_nodes_that_do_not_answer_end_nothing(recorded):
-    """Nobody knows how much is left, so the server runs on, and the lowest memory stays."""
+    """Unknown memory does not end the server, and the lowest memory stays as it was."""
     found = recorded(two(available=5 * GIB), dict.fromkeys(BOTH), dict.fromkeys(BOTH))
     assert (found.ended, found.looks) == ([], 3) and vars(found)["memory-low"][BOTH[1]] == 5 * GIB
 
@@ -596,7 +596,7 @@ def full(*_, **__):
 
 @pytest.mark.parametrize("saying", [True, False], ids=["the log has room", "the log is full, too"])
 def test_a_full_disk_does_not_end_the_guard(saying, recorded, recorder, monkeypatch):
-    """Memory is guarded whether or not anything can be written: the server's own log fills a disk sooner or later."""
+    """The memory is guarded even if nothing can be written, because the server's log may fill the disk."""
     monkeypatch.setattr(recorder.os, "replace", full)
     if not saying:
         monkeypatch.setattr(recorder, "print", full, raising=False)
@@ -606,7 +606,7 @@ def test_a_full_disk_does_not_end_the_guard(saying, recorded, recorder, monkeypa
 
 
 def test_memory_is_looked_at_before_anything_is_written(recorded, recorder, monkeypatch):
-    """A disk that hangs delays no rescue: the server is ended first."""
+    """The guard ends the server before the recorder writes, because a write to the disk may hang."""
     order = []
     monkeypatch.setattr(recorder, "keep", lambda file, _: order.append(Path(file).stem))
     monkeypatch.setattr(recorder, "guard_memory", lambda *_: order.append("memory"))
@@ -615,7 +615,7 @@ def test_memory_is_looked_at_before_anything_is_written(recorded, recorder, monk
 
 
 def test_each_line_of_memory_is_json(recorder, monkeypatch, capsys):
-    """`inv memory` reads a line for each look, until it closes standard input."""
+    """`inv memory` reads a line for each look. The script ends when its standard input is closed."""
     monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
     monkeypatch.setattr(recorder, "ask", lambda *_: {BOTH[0]: 7, BOTH[1]: None})
     waits = iter([[], [sys.stdin]])
@@ -654,7 +654,7 @@ def grouped(recorder, clock, monkeypatch):
     ids=["ends", "cleans up", "does not listen"],
 )
 def test_a_whole_process_group_is_ended(script, status, grouped, recorder):
-    """The group is asked first and forced after 5 s; a group that is gone already is no error."""
+    """The group gets SIGTERM, and SIGKILL after 5 s. A group that has ended already is no error."""
     child = grouped(script, ends=status != -signal.SIGKILL)
     assert recorder.runs(child.pid)
     recorder.end(child.pid)

@@ -90,22 +90,22 @@ def test_every_value_reaches_the_worker_as_it_is(settled, tmp_path):
     assert HOSTILE.items() <= variables.items() and KEYS.keys().isdisjoint(variables)
 
 
-def test_down_there_is_the_same_task(settled):
-    """The worker removes only a node of this head."""
+def test_down_on_a_worker_names_the_head(settled):
+    """The worker removes its node only if the node belongs to this head."""
     wanted = up.worker_down_command(settled(REPO_DIR="/opt/spark", **KEYS), "me@spark-2", "10.0.0.9")
     assert wanted.words == [*SSH, "me@spark-2", "/opt/spark/inv down --here --head-ip 10.0.0.9"]
     assert wanted.alias == "me@spark-2: `inv down --here --head-ip 10.0.0.9`"
 
 
 @pytest.mark.parametrize("name", ["SERVED_NAME", "REPO_DIR", "MODEL_CKPT"])
-def test_a_value_of_two_lines_goes_nowhere(name, settled):
+def test_a_value_of_two_lines_is_refused(name, settled):
     """A line end would begin a second command on the worker. The message names the setting."""
     with pytest.raises(Exit, match=f"{name} "):
         settled(**{name: "a\ntouch pwned"})
 
 
-def test_what_shell_and_flags_say_is_handed_on(settled, env_file):
-    """Values go unchanged, also those set but empty. Values from `.env` or a profile stay: the worker has its own."""
+def test_settings_of_shell_and_flags_are_handed_on(settled, env_file):
+    """Their values go unchanged, even empty ones. Values of `.env` and profile do not go: the worker has its own."""
     env_file.write_text("MAX_NUM_SEQS=7\nKV_CACHE_DTYPE=auto\n")
     shell = {"NCCL_DEBUG": "", "MAX_MODEL_LEN": "1M", "KV_CACHE_DTYPE": "fp8", "HEAD_NODE_IP": "10.0.0.9"}
     found = settled({"MAX_MODEL_LEN": "256K"}, **shell, ENV_FILE=str(env_file))
@@ -115,8 +115,8 @@ def test_what_shell_and_flags_say_is_handed_on(settled, env_file):
     assert given == ["env", "KV_CACHE_DTYPE=fp8", "MAX_MODEL_LEN=256K", "NCCL_DEBUG="] and inv.endswith("/inv")
 
 
-def test_what_is_one_nodes_own_stays_here(settled):
-    """Addresses, folders and the repository's place differ from node to node. Secrets never go."""
+def test_settings_of_one_node_are_not_handed_on(settled):
+    """Addresses, folders and the place of the repository differ from node to node. Secrets never go."""
     assert OWN.keys() == set(OF_ONE_NODE)
     found = settled(**OWN, **KEYS)
     assert {found.origin(name) for name in (*OWN, *KEYS)} == {"shell"}
@@ -124,8 +124,8 @@ def test_what_is_one_nodes_own_stays_here(settled):
 
 
 @pytest.mark.parametrize("line", ["up --model nemotron", "down"])
-def test_no_secret_is_in_what_is_run_or_said(line, inv, env_file):
-    """Neither commands nor messages of `up` and `down` hold a secret from the shell or from `.env`."""
+def test_no_command_or_message_has_a_secret(line, inv, env_file):
+    """Commands and messages of `up` and `down` hold no secret of the shell or of `.env`."""
     env_file.write_text("HF_TOKEN=hf_marker\n")
     said = inv(f"--dry {line}", VLLM_API_KEY="sk_marker", WORKER_HOSTS="spark-2")
     assert said.code == 0 and "\n  spark-2 \\\n" in said.out
@@ -142,21 +142,21 @@ def test_no_secret_is_in_what_is_run_or_said(line, inv, env_file):
         ("git/spark", "git/spark/inv"),
     ],
 )
-def test_where_the_repository_is_there(said, inv, settled):
-    """In the same folder as here, or in REPO_DIR: absolute, or below the home folder, where ssh starts."""
+def test_the_folder_of_the_repository_on_the_worker(said, inv, settled):
+    """The folder is the same as here, or REPO_DIR: absolute, or below the home folder, where ssh starts."""
     wanted = up.worker_down_command(settled(**({"REPO_DIR": said} if said else {})), "spark-2", "10.0.0.1")
     assert there(wanted)[0] == inv
 
 
 def test_a_repository_that_is_the_home_itself(settled):
-    """`./inv` is the file in that folder; `inv` would be looked for on the PATH."""
+    """The word is `./inv`, because a shell would look for `inv` on the PATH."""
     asked = [up.worker_down_command(settled(REPO_DIR=said), "spark-2", "10.0.0.1") for said in ("~", "~/", ".", "./")]
     assert {there(wanted)[0] for wanted in asked} == {"./inv"}
 
 
 @pytest.mark.parametrize("said", ["/opt/a=b", "=", "-x", ""])
 def test_a_repository_that_env_would_misread_is_refused(said, settled):
-    """`env` takes the first word that is no variable and no option for the program."""
+    """`env` runs the first word that is neither an option nor a variable."""
     with pytest.raises(Exit, match=r"^REPO_DIR \(shell\) is .*; it takes a folder without an equals sign"):
         settled(REPO_DIR=said)
 
@@ -170,7 +170,7 @@ def test_a_checkout_that_env_would_misread_is_refused(settled, monkeypatch):
 
 
 def test_the_workers_are_hosts_or_else_addresses(settled):
-    """WORKER_HOSTS has the names for ssh, and may be empty. Without it WORKER_IP counts."""
+    """WORKER_HOSTS names the ssh hosts, and may be empty. If it is unset, WORKER_IP counts."""
     assert up.workers_needed(settled(WORKER_IP="10.0.0.2,10.0.0.3")) == ["10.0.0.2"]
     assert up.workers_needed(settled(WORKER_HOSTS="me@spark-2,spark-3.local")) == ["me@spark-2"]
     assert up.workers_needed(settled(WORKER_HOSTS="a,b,c,d", TP_SIZE="2", PP_SIZE="2")) == ["a", "b", "c"]
@@ -179,7 +179,7 @@ def test_the_workers_are_hosts_or_else_addresses(settled):
 
 
 def test_a_worker_that_is_named_twice_is_one(settled):
-    """A host named twice would leave the model one node short."""
+    """If one host counted twice, the model would lack a node."""
     assert settled(WORKER_HOSTS="b,a,b").workers() == ["b", "a"]
     with pytest.raises(Exit, match=r"needs 2 workers .* names 1: a"):
         up.workers_needed(settled(WORKER_HOSTS="a,a", TP_SIZE="3"))
@@ -193,13 +193,13 @@ def test_a_worker_that_is_named_twice_is_one(settled):
     ],
 )
 def test_too_few_workers_are_refused(shell, said, settled):
-    """Before anything starts. The message has the number needed, and the setting that names them."""
+    """`up` refuses before it starts anything. The message names the number of workers and the setting."""
     with pytest.raises(Exit, match=said):
         up.workers_needed(settled(**shell))
 
 
 def test_a_host_that_ssh_would_misread_is_refused(inv):
-    """A host that begins with a dash would be an option of ssh."""
+    """ssh would take a host that begins with a dash for an option."""
     for hosts in ("-oProxyCommand", "spark-2,-v", "a b", "a;b", "$(id)", "a,,b", ",", "a\n"):
         said = inv("--dry down", WORKER_HOSTS=hosts)
         assert said.code and said.out == "" and "it takes ssh destinations, comma separated" in said.err
@@ -217,7 +217,7 @@ def test_a_host_that_ssh_would_misread_is_refused(inv):
     ],
 )
 def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled, tmp_path, operator, capfd):
-    """Where the status tells more, the message says what to do. The status is passed on."""
+    """For some exit statuses the message adds the next command. The exit status is passed on."""
     (tmp_path / "ssh").write_text(f"#!/bin/sh\nprintf %s {shlex.quote(last)} >&2; exit {status}\n")
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

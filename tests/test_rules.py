@@ -56,8 +56,8 @@ def found(operator):
     return ask
 
 
-def test_two_that_agree(found):
-    """Nothing is found."""
+def test_nodes_that_agree_have_no_finding(found):
+    """Equal facts on two nodes bring no finding."""
     assert found() == []
 
 
@@ -85,21 +85,21 @@ def test_two_that_agree(found):
     ],
 )  # fmt: skip
 def test_each_disagreement_is_refused_by_its_rule(found, rule, words, changed):
-    """One rule alone finds it, names both sides, and has a name that --allow takes."""
+    """Exactly one rule finds the disagreement. The text names both values, and --allow takes the rule's name."""
     said = [one for one in found(**changed) if one.refuses]
     assert {one.rule for one in said} == {rule} and rule in RULES
     assert words in said[0].text
 
 
 @pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "repository"}])
-def test_what_could_not_be_asked_is_refused(found, fact):
-    """A fact that the probe failed to tell refuses, with the reason."""
+def test_an_unknown_fact_is_refused(found, fact):
+    """A fact that the probe could not find out is refused, with the reason."""
     said = found(**{fact: {"unknown": "it broke"}})
     assert any(one.refuses and "it broke" in one.text for one in said)
 
 
 def test_a_node_that_does_not_answer_at_all_is_refused(found):
-    """Every rule that needs a fact of that node refuses."""
+    """Each rule that needs a fact of that node refuses."""
     assert all("silent" in one.text for one in found(**{fact: {"unknown": "silent"} for fact in FACTS}) if one.refuses)
 
 
@@ -109,7 +109,7 @@ def test_another_build_of_one_base_is_a_warning(found):
     assert not said.refuses and "docker save local/vllm-ray:26.05.post1 | ssh 10.0.0.2 docker load" in said.text
 
 
-def test_images_of_which_no_base_is_known_differ(found):
+def test_images_without_a_known_base_are_refused(found):
     """Two images without the label of their base are refused as if the bases differed."""
     (said,) = found(image="sha256:cc")
     assert said.rule == "image" and said.refuses
@@ -128,7 +128,7 @@ def test_two_workers_on_one_machine_are_found_too(operator):
     ("vllm", "kept", "refused"), [("0.21.0", [], 0), ("0.20.1", [], 1), ("0.20.1", ["NCCL_IB_HCA"], 0)]
 )
 def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
-    """A worker keeps its own list from vLLM 0.21 on. An earlier vLLM needs a file that lists the variable."""
+    """From vLLM 0.21 on each node keeps its own list. An earlier vLLM needs a file that names the variable."""
     operator.setitem(FACTS, "vllm", vllm)
     operator.setitem(FACTS, "own_variables", kept)
     said = found(environment=ENV | {"NCCL_IB_HCA": "roceP2p1s0f0,rocep1s0f1"})
@@ -136,7 +136,7 @@ def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
 
 
 def test_tcp_on_purpose_needs_no_rdma(found, operator):
-    """With NCCL_IB_DISABLE=1 no device is missed."""
+    """With NCCL_IB_DISABLE=1 no RDMA device is required."""
     operator.setitem(FACTS, "environment", ENV | {"NCCL_IB_DISABLE": "1"})
     assert found(infiniband=[], memlock=65536) == []
 
@@ -159,7 +159,7 @@ def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operato
 
 @pytest.mark.parametrize("answer", ['{"a": 1}', '[{"address": 1}]'])
 def test_an_answer_that_is_no_list_of_nodes_is_an_error(operator, answer):
-    """An answer that cannot be read is not taken for a cluster without nodes."""
+    """An answer that cannot be read does not count as a cluster without nodes."""
     operator.setattr(options, "ask_container", lambda *_: answer)
     head = SimpleNamespace(name="node-ray", attrs={"Config": {"Env": ["NODE_RAY_REPOSITORY=0123"]}})
     with pytest.raises(Exit, match=r"probe\.py in node-ray gave an unreadable answer"):

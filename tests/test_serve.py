@@ -87,7 +87,7 @@ def until(true: Callable[[], object]) -> bool:
 
 
 def test_a_server_is_on_its_own(serve, tmp_path):
-    """The start comes back at once; the server has a session, a log and a pid file, and reads no standard input."""
+    """`start` returns at once. The server has a session, a log and a pid file, and reads no standard input."""
     assert serve("start", "bash", "-c", "cat; echo $KEY; exec sleep 60", KEY="by name").returncode == 0
     pid = server(tmp_path)
     assert until(lambda: (tmp_path / "serve.log").read_text() == "by name\n")
@@ -106,7 +106,7 @@ def test_a_second_server_is_refused(serve, tmp_path):
 
 
 def test_a_new_server_begins_anew(serve, tmp_path):
-    """What was seen of the server before is gone, and its log is kept: a load that has just begun is not stuck."""
+    """The recorder's files of the last server are removed, and its log is kept as serve.log.1."""
     for name in ("vitals.json", "memory-low.json", "serve.log"):
         (tmp_path / name).write_text("of the server before")
     serve("start", "sleep", "60")
@@ -116,8 +116,8 @@ def test_a_new_server_begins_anew(serve, tmp_path):
     }
 
 
-def test_the_log_is_cut_and_the_last_of_it_kept(serve, tmp_path):
-    """While the server runs its log stays small, and the part before is kept."""
+def test_the_log_is_cut_and_its_last_part_kept(serve, tmp_path):
+    """The log stays small while the server runs, and serve.log.1 keeps the lines before the cut."""
     log, old = tmp_path / "serve.log", tmp_path / "serve.log.1"
     counts = "for n in {1..500}; do echo $n; (( n % 50 )) || sleep 0.01; done; exec sleep 60"
     serve("start", "bash", "-c", counts, SERVE_LOG_BYTES="500", SERVE_LOG_LOOK_S="0.02")
@@ -127,13 +127,13 @@ def test_the_log_is_cut_and_the_last_of_it_kept(serve, tmp_path):
 
 
 def test_the_log_is_followed_to_the_servers_end(serve, tmp_path):
-    """Every line from the first, and the follower ends with the server."""
+    """`follow` shows every line from the first, and ends with the server."""
     serve("start", "bash", "-c", "echo first; sleep 0.05; echo last")
     assert serve("follow").stdout == "first\nlast\n"
 
 
 def test_the_state_tells_a_server_that_runs_from_one_that_ended(serve, tmp_path):
-    """Whether the server runs, since when, and its words; a stop deletes the words, a crash does not."""
+    """`state` prints whether the server runs, its start and its words. A stop deletes the words; a crash does not."""
     assert serve("state").stdout == ""
     serve("start", "sleep", "60", "0")
     runs_now, since, *words = serve("state").stdout.splitlines()
@@ -146,7 +146,7 @@ def test_the_state_tells_a_server_that_runs_from_one_that_ended(serve, tmp_path)
 
 @pytest.mark.parametrize("fed", [False, True], ids=["mounted", "through standard input"])
 def test_a_stop_ends_the_server(fed, serve, quick, tmp_path):
-    """The server is asked and may clean up; a container without the mount is fed the script."""
+    """The server gets SIGTERM first and may clean up. A container without the mount reads the script from its input."""
     serve("start", "bash", "-c", "trap 'echo cleaned up; exit' TERM; echo ready; while :; do sleep 0.01; done")
     assert until(lambda: "ready" in (tmp_path / "serve.log").read_text())
     stopped = serve("stop", fed=fed, PATH=quick)
@@ -155,7 +155,7 @@ def test_a_stop_ends_the_server(fed, serve, quick, tmp_path):
 
 
 def test_the_host_stops_a_server_without_the_mount(serve, operator, quick, tmp_path):
-    """In a container of an earlier version there is no serve.sh: what the host types brings it along."""
+    """A container of an earlier version has no serve.sh, so the host's command sends the script along."""
     (tmp_path / "docker").write_text('#!/bin/bash\nuntil [ "$1" = /bin/bash ]; do shift; done; exec "$@"\n')
     (tmp_path / "docker").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{quick}")
@@ -168,8 +168,8 @@ def test_the_host_stops_a_server_without_the_mount(serve, operator, quick, tmp_p
     assert not server_runs(head) and ask_server(head) is None and not runs(server(tmp_path))
 
 
-def test_a_server_that_does_not_listen_is_killed(serve, quick, tmp_path):
-    """After 30 s, and the operator is told."""
+def test_a_server_that_ignores_sigterm_is_killed(serve, quick, tmp_path):
+    """`stop` kills the server after 30 s, and tells the operator."""
     serve("start", "bash", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done")
     assert until(lambda: "ready" in (tmp_path / "serve.log").read_text())
     stopped = serve("stop", PATH=quick)
@@ -178,7 +178,7 @@ def test_a_server_that_does_not_listen_is_killed(serve, quick, tmp_path):
 
 
 def test_a_server_whose_first_process_is_gone_is_ended(serve, quick, tmp_path):
-    """Its other processes hold the GPU, so the whole group is asked."""
+    """The other processes hold the GPU, so `stop` signals the whole process group."""
     serve("start", "bash", "-c", "sleep 60 & echo $!; kill -KILL $$")
     pid = server(tmp_path)
     assert until(lambda: not runs(pid))
@@ -190,7 +190,7 @@ def test_a_server_whose_first_process_is_gone_is_ended(serve, quick, tmp_path):
 
 @pytest.mark.parametrize("recorded", [None, "4194305\n"], ids=["no server", "a server that has ended"])
 def test_a_stop_of_nothing_does_not_claim_a_kill(recorded, serve, tmp_path):
-    """4194305 is beyond the kernel's highest process id."""
+    """`stop` reports no kill for a process id that no process has (4194305 is above the kernel's highest id)."""
     if recorded:
         (tmp_path / "serve.pid").write_text(recorded)
     stopped = serve("stop")
@@ -198,7 +198,7 @@ def test_a_stop_of_nothing_does_not_claim_a_kill(recorded, serve, tmp_path):
 
 
 def test_there_is_one_recorder(serve, tmp_path):
-    """A recorder that was there, and may be stuck, is ended; `inv memory` runs the same script and goes on."""
+    """`record` kills an earlier recorder, which may be stuck. `inv memory` runs the same script and goes on."""
     script = tmp_path / "recorder.py"
     script.write_text("import sys, time; print(*sys.argv[1:], flush=True); time.sleep(60)")
     shutil.copy(SCRIPT, tmp_path / "serve.sh")
@@ -221,8 +221,8 @@ def test_there_is_one_recorder(serve, tmp_path):
         child.communicate()
 
 
-def test_a_fetch_tells_the_commit(serve, tmp_path):
-    """`hf download` leaves the commit beside the file; a download that fails tells none and fails."""
+def test_a_fetch_prints_the_commit(serve, tmp_path):
+    """`hf download` notes the commit beside the file. A download that fails prints no commit, and fails."""
     kept = tmp_path / "parsers/.cache/huggingface/download"
     kept.mkdir(parents=True)
     (kept / "parser.py.metadata").write_text("0123abc\n1700000000\n")

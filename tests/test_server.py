@@ -15,14 +15,14 @@ def served(line):
 
 
 def test_the_line_that_runs_is_read():
-    """Model, context, ranks and address come from the words of the server itself."""
+    """Model, context, ranks and address come from the command line of the running server."""
     found = served(LINE + " --host 10.0.0.1")
     assert (found.model, found.context, found.world_size) == ("name", 131072, 2)
     assert found.url == "http://10.0.0.1:8001"
 
 
 def test_a_line_may_leave_everything_to_vllm():
-    """Then vLLM's own defaults hold; a server that listens everywhere is asked on its own host."""
+    """Without options vLLM's defaults count. A server that listens on all addresses is asked on its own host."""
     found = served("vllm serve org/model")
     assert (found.model, found.context, found.world_size) == ("org/model", 0, 1)
     assert found.url == "http://127.0.0.1:8000"
@@ -30,7 +30,7 @@ def test_a_line_may_leave_everything_to_vllm():
 
 @pytest.mark.parametrize("words", ["--max_model_len 7", "--max-model-len=7", "--max-model-len 9 --max-model-len 7"])
 def test_an_option_is_read_as_vllm_reads_it(words):
-    """With underscores, with an equals sign, and the last one counts."""
+    """Underscores and an equals sign are understood, and the last of two options counts."""
     assert served(f"vllm serve org/model {words} --host ::1").context == 7
     assert served(f"vllm serve org/model {words} --host ::1").url == "http://[::1]:8000"
 
@@ -56,12 +56,12 @@ def head(operator, tmp_path):
     ids=["never launched", "runs", "crashed", "is being stopped", "was stopped"],
 )
 def test_the_state_of_the_server(says, runs, server, head):
-    """A server that ends still holds the GPUs, but `inv stop` has ended it: it is no server to judge."""
+    """After `inv stop` there is no server to judge, even if its processes still hold the GPUs."""
     head.says(says)
     assert (server_runs(head), ask_server(head)) == (runs, server)
 
 
-def test_a_container_of_an_earlier_version_is_known():
-    """It did not get the repository's digest."""
+def test_a_container_of_an_earlier_version_is_recognized():
+    """Such a container lacks the digest of the repository."""
     assert is_earlier(SimpleNamespace(attrs={"Config": {"Env": ["VLLM_HOST_IP=10.0.0.1"]}}))
     assert not is_earlier(SimpleNamespace(attrs={"Config": {"Env": ["NODE_RAY_REPOSITORY=0a"]}}))

@@ -64,7 +64,7 @@ def test_the_screen_has_every_node_and_the_server(asked, capsys):
 
 
 def test_a_fact_that_is_unknown_is_not_guessed(asked, capsys, monkeypatch):
-    """A node that does not tell its facts has a row of unknowns."""
+    """A node that reports no facts has a row of unknowns."""
     silent = Node(HEAD, "spark-1", 1, {"unknown": "no answer in 15 s"})
     monkeypatch.setattr(status, "ask_nodes", lambda _: [silent])
     status.report_status({}, as_json=True)
@@ -74,7 +74,7 @@ def test_a_fact_that_is_unknown_is_not_guessed(asked, capsys, monkeypatch):
 
 
 def test_a_cluster_of_an_earlier_version_is_not_asked(asked, capsys, monkeypatch):
-    """The screen has the state and the next command, and no table."""
+    """The screen shows the state and the next command, and no table."""
     monkeypatch.setattr(status, "is_earlier", lambda _: True)
     verdict = Verdict(State.UNKNOWN, "An earlier version.", "inv down")
     monkeypatch.setattr(status, "look", lambda *_: (verdict, Seen()))
@@ -93,8 +93,8 @@ def test_a_cluster_of_an_earlier_version_is_not_asked(asked, capsys, monkeypatch
     ],
     ids=["none", "exited", "worker"],
 )
-def test_a_node_that_is_no_head_tells_about_itself(container, said, asked, capsys, monkeypatch):
-    """Ray is not asked, and the operator is told where to go."""
+def test_a_worker_reports_only_itself(container, said, asked, capsys, monkeypatch):
+    """Ray is not asked. The message names the node on which to ask."""
     monkeypatch.setattr(status, "node_container", lambda: container)
     asked.env["VLLM_HOST_IP"] = WORKER
     status.report_status({}, as_json=True)

@@ -143,14 +143,14 @@ def site(operator, tmp_path):
         signal.signal(number, handler)
 
 
-def test_up_starts_all_of_it_in_order(site):
-    """The head, the workers, and when all of them are up, the server and its recorder."""
+def test_up_starts_everything_in_order(site):
+    """`up` starts the head, then all workers, then the server, then the recorder."""
     site.up()
     assert site.did == ALL and site.undone == []
 
 
-def test_what_is_up_is_left_alone(site):
-    """A server with this line too: `up` only waits for its load, and a failure there takes nothing down."""
+def test_nodes_and_server_that_are_up_are_left_alone(site):
+    """`up` then only waits for the load of that server. If the load fails, nothing is taken down."""
     site.stands()
     site.up()
     assert site.did == ["new up", "old up", "follow"]
@@ -161,15 +161,15 @@ def test_what_is_up_is_left_alone(site):
 
 
 def test_a_recorder_that_has_stopped_is_started_again(site):
-    """The server is left alone."""
+    """`up` starts the recorder again, and leaves the server alone."""
     site.stands()
     site.seen = None
     site.up()
     assert site.did == ["new up", "old up", "recorder", "follow"]
 
 
-def test_a_server_that_has_the_gpus_is_not_proved_past(site):
-    """`--fabric` on a cluster that serves is refused instead of silently left out."""
+def test_fabric_is_refused_while_a_server_runs(site):
+    """`up --fabric` is refused on a cluster that serves. The flag is not silently ignored."""
     site.stands()
     with pytest.raises(Exit, match=r"--fabric needs the GPUs, .* Type: inv stop; or leave --fabric out"):
         site.up(fabric=True)
@@ -177,7 +177,7 @@ def test_a_server_that_has_the_gpus_is_not_proved_past(site):
 
 
 def test_a_second_up_at_the_same_time_is_refused(site):
-    """The first goes on. When it has ended, `up` may be typed again."""
+    """The first `up` goes on. After the first has ended, `up` may be typed again."""
     refused = []
 
     def second():
@@ -194,7 +194,7 @@ def test_a_second_up_at_the_same_time_is_refused(site):
 
 
 def test_a_folder_that_cannot_be_written_starts_nothing(site, tmp_path):
-    """The message says what to type."""
+    """The message names the next command."""
     (tmp_path / "node-ray").write_text("a file where the folder should be")
     with pytest.raises(Exit, match=r"up.lock cannot be written: .*\. Type: ls -ld /"):
         site.up()
@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_written_starts_nothing(site, tmp_path):
 
 @pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "remove"])])
 def test_a_server_that_could_not_start_stops_no_other_server(there, undone, site):
-    """Another server may run there. Only nodes that this run has brought up are taken down."""
+    """`up` takes down the nodes that it has started. It stops no server, because another run may have started one."""
     site.head = there
     site.fails("server", "a server runs here already")
     with pytest.raises(Exit, match="a server runs here already"):
@@ -212,7 +212,7 @@ def test_a_server_that_could_not_start_stops_no_other_server(there, undone, site
 
 
 def test_a_head_that_could_not_start_is_not_removed(site):
-    """Its container is gone, or another task has started it. No worker is asked."""
+    """The head's container is gone, or another task has started it. `up` asks no worker."""
     site.fails("head", "node-ray ended with status 125")
     with pytest.raises(Exit, match="node-ray ended with status 125"):
         site.up()
@@ -221,7 +221,7 @@ def test_a_head_that_could_not_start_is_not_removed(site):
 
 @pytest.mark.parametrize("where", ["server", "recorder", "follow"])
 def test_a_terminal_that_is_lost_takes_nothing_down(where, site):
-    """Once the server has started, it goes on loading with its recorder. The next `up` waits for it."""
+    """After the start of the server, the load goes on with its recorder. The next `up` waits for the load."""
     site.signals(where, signal.SIGHUP)
     with pytest.raises(SystemExit) as ended:
         site.up()
@@ -229,8 +229,8 @@ def test_a_terminal_that_is_lost_takes_nothing_down(where, site):
 
 
 @pytest.mark.parametrize("reason", [OSError(errno.EIO, "Input/output error"), Exit("Standard error is closed")])
-def test_what_fails_for_a_lost_terminal_takes_nothing_down(reason, site):
-    """A write to the lost terminal may fail while SIGHUP is handled. The server goes on loading all the same."""
+def test_a_write_to_a_lost_terminal_takes_nothing_down(reason, site):
+    """A write may fail while SIGHUP is handled. The server goes on loading all the same."""
 
     def lost():
         try:
@@ -249,7 +249,7 @@ def test_what_fails_for_a_lost_terminal_takes_nothing_down(reason, site):
     [("head", signal.SIGHUP, 129), ("prepare", signal.SIGHUP, 129), ("follow", signal.SIGTERM, 143)],
 )
 def test_a_signal_takes_down_what_was_started(where, number, code, site):
-    """SIGHUP before the server has started, or SIGTERM at any time."""
+    """SIGHUP before the start of the server, or SIGTERM at any time, takes down what `up` has started."""
     site.signals(where, number)
     with pytest.raises(SystemExit) as ended:
         site.up()
@@ -257,7 +257,7 @@ def test_a_signal_takes_down_what_was_started(where, number, code, site):
     assert site.undone == ([] if where == "head" else ["new down", "remove"])
 
 
-def test_a_hang_up_that_is_ignored_stays_so(site):
+def test_an_ignored_sighup_stays_ignored(site):
     """`nohup inv up` goes on without its terminal."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     site.signals("follow", signal.SIGHUP)
@@ -285,8 +285,8 @@ def test_ctrl_c_waits_for_the_workers(site):
     assert heard == [signal.SIG_IGN]
 
 
-def test_a_server_of_this_runs_own_is_stopped(site):
-    """If the head was up before. Otherwise the server ends with the head's container."""
+def test_a_server_that_this_run_started_is_stopped(site):
+    """If the head was up before, `up` stops the server. Otherwise the server ends with the head's container."""
     site.head = True
     site.fails("follow", "STUCK in weights")
     with pytest.raises(Exit, match="STUCK"):
@@ -296,7 +296,7 @@ def test_a_server_of_this_runs_own_is_stopped(site):
 
 @pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "remove"])])
 def test_a_worker_that_fails_takes_down_what_this_run_started(there, undone, site):
-    """The head and the other workers, but not nodes that were up before. The message names the node that failed."""
+    """The head and the other workers go, but no node that was up before. The message names the node that failed."""
     site.head = there
     site.fails("old up", "The engine is down.")
     with pytest.raises(Exit, match=r"^old: `inv worker .*\n  The engine is down\.$"):
@@ -305,7 +305,7 @@ def test_a_worker_that_fails_takes_down_what_this_run_started(there, undone, sit
 
 
 def test_all_workers_that_fail_are_named(site):
-    """One run shows everything that has to be mended."""
+    """One message names all workers that failed, so a person can correct all of them at once."""
     site.fails("old up", "no image")
     site.fails("new up", "no docker")
     with pytest.raises(Exit, match=r"(?s)^old: .*no image.*\nnew: .*no docker"):
@@ -315,7 +315,7 @@ def test_all_workers_that_fail_are_named(site):
 
 @pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
 def test_a_worker_that_may_be_of_another_run_is_left(code, site):
-    """The head was up before. If the connection broke, nobody knows which run has started the worker."""
+    """The head was up before and the connection broke, so nobody knows which run has started the worker."""
     site.head = True
     site.fails("new up", "Broken pipe", code)
     with pytest.raises(Exit, match="Broken pipe"):
@@ -325,7 +325,7 @@ def test_a_worker_that_may_be_of_another_run_is_left(code, site):
 
 @pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
 def test_a_worker_that_may_come_up_goes_with_its_head(code, site):
-    """This run has started the head, so a worker that comes up for it is this run's too."""
+    """This run has started the head, so a worker that comes up for that head belongs to this run too."""
     site.fails("new up", "Broken pipe", code)
     with pytest.raises(Exit, match="Broken pipe"):
         site.up()
@@ -334,7 +334,7 @@ def test_a_worker_that_may_come_up_goes_with_its_head(code, site):
 
 @pytest.mark.parametrize("said", ["", ID, f"started {ID[:12]}", f"has started {ID}0"])
 def test_only_a_worker_that_says_so_was_started(said, site):
-    """A login may print anything else. A node that this run has not started is not taken down."""
+    """Only the line `started ID` counts, because a login may print anything else."""
     site.workers["new"] = said
     site.fails("follow")
     with pytest.raises(Exit):
@@ -344,15 +344,15 @@ def test_only_a_worker_that_says_so_was_started(said, site):
 
 @pytest.mark.parametrize("where", ["old up", "follow"])
 def test_keep_leaves_everything(where, site, capsys):
-    """What has started stays, and the message says how to take it down."""
+    """With --keep all nodes stay up, and the message says how to take them down."""
     site.fails(where)
     with pytest.raises(Exit, match="it failed"):
         site.up(keep=True)
     assert site.undone == [] and "To take it down: inv down" in capsys.readouterr().err
 
 
-def test_what_cannot_be_taken_down_hides_no_reason(site, capsys):
-    """The other nodes are taken down. The last message is why `up` failed."""
+def test_a_worker_that_stays_up_hides_no_reason(site, capsys):
+    """The other nodes are taken down. The last message says why `up` failed."""
     site.fails("follow", "STUCK in weights")
     site.fails("new down", "No route to host", up.SSH_FAILED)
     with pytest.raises(Exit, match="STUCK in weights"):
@@ -361,7 +361,7 @@ def test_what_cannot_be_taken_down_hides_no_reason(site, capsys):
 
 
 def test_a_head_that_cannot_be_taken_down_hides_no_reason(site):
-    """The last message is why `up` failed."""
+    """The last message says why `up` failed."""
     site.fails("follow", "STUCK in weights")
     site.fails("remove", "docker rm failed")
     with pytest.raises(Exit, match="STUCK in weights"):
@@ -375,8 +375,8 @@ def standing(site):
     return site
 
 
-def test_down_takes_down_all_of_it(standing, capsys):
-    """The server first, then every node at once."""
+def test_down_takes_down_everything(standing, capsys):
+    """`down` stops the server first, then removes all nodes at once."""
     up.take_down(standing.settings)
     assert standing.did[0] == "stop" and sorted(standing.did[1:]) == ["new down", "old down", "remove"]
     assert "node-ray was removed (running, 1 min old)." in capsys.readouterr().err
@@ -384,7 +384,7 @@ def test_down_takes_down_all_of_it(standing, capsys):
 
 @pytest.mark.parametrize("what", ["server_runs", "stop"])
 def test_a_server_that_cannot_be_stopped_keeps_no_node_up(what, standing, operator, capsys):
-    """The server ends with its node. That is said, and is no failure."""
+    """The server ends with its node. `down` prints the failure of the stop, and does not fail."""
     standing.fails("stop", "the server does not go")
     if what == "server_runs":
         operator.setattr(server, "server_runs", lambda _: standing.step("stop"))
@@ -394,7 +394,7 @@ def test_a_server_that_cannot_be_stopped_keeps_no_node_up(what, standing, operat
 
 
 def test_a_worker_that_is_not_reached_is_named_at_the_end(standing):
-    """The other nodes are down by then. The message says what to set for a head without workers."""
+    """The other nodes are down by then. The message names the setting for a head without workers."""
     standing.fails("old down", "No route to host", up.SSH_FAILED)
     with pytest.raises(
         Exit, match=r"(?s)^old: .*These nodes may still be up; the others are down.*WORKER_HOSTS= in .env\.$"
@@ -404,7 +404,7 @@ def test_a_worker_that_is_not_reached_is_named_at_the_end(standing):
 
 
 def test_a_worker_that_does_not_answer_in_time_is_named(standing, operator, tmp_path):
-    """A host that hangs does not keep the head or another worker up."""
+    """A host that hangs keeps neither the head nor another worker up."""
     (tmp_path / "ssh").write_text('#!/bin/sh\ncase "$*" in *" old "*) exec sleep 60 ;; esac\n')
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -417,7 +417,7 @@ def test_a_worker_that_does_not_answer_in_time_is_named(standing, operator, tmp_
 
 
 def test_down_is_refused_on_a_host_that_is_not_the_head(site, operator):
-    """Another host must not take the workers down. Without a container, the host's address decides."""
+    """Only the head may take the workers down. Without a container the host's address decides."""
     operator.setattr(up, "is_own_address", lambda address: address != "10.0.0.1")
     with pytest.raises(
         Exit, match=r"This host is not the head: HEAD_NODE_IP \(default\) is 10\.0\.0\.1\. Type it there"
@@ -431,7 +431,7 @@ def test_down_is_refused_on_a_host_that_is_not_the_head(site, operator):
 
 @pytest.mark.parametrize("status", ["running", "exited"])
 def test_down_is_refused_on_a_worker(status, standing, operator):
-    """Whether its container runs or not. The message names the head."""
+    """`down` is refused whether the worker's container runs or not. The message names the head."""
     standing.env[1] = "VLLM_HOST_IP=10.0.0.2"
     operator.setattr(engine, "node_container", lambda: standing.container(status))
     with pytest.raises(Exit, match=r"This node is a worker .* Type it on the head, 10\.0\.0\.1\."):
@@ -439,7 +439,7 @@ def test_down_is_refused_on_a_worker(status, standing, operator):
     assert standing.did == []
 
 
-def test_down_asks_by_the_address_that_the_nodes_were_brought_up_with(standing, operator):
+def test_down_uses_the_head_address_of_the_container(standing, operator):
     """This shell may set another HEAD_NODE_IP than the shell that brought the nodes up."""
     asked = []
     runs = up.run
@@ -457,7 +457,7 @@ def test_down_asks_by_the_address_that_the_nodes_were_brought_up_with(standing, 
     "typed", [lambda site: up.take_down(site.settings), lambda _: up.take_down_here()], ids=["down", "here"]
 )
 def test_a_container_that_this_tool_has_not_started_stays(typed, standing):
-    """It only has the same name. `inv cleanup` asks a person."""
+    """Another program's container may have the same name. Only `inv cleanup` removes it, after a question."""
     standing.env = []
     with pytest.raises(Exit, match=r"was started by neither inv head nor inv worker. To look at it: inv cleanup"):
         typed(standing)
@@ -465,7 +465,7 @@ def test_a_container_that_this_tool_has_not_started_stays(typed, standing):
 
 
 def test_a_node_of_another_head_is_left_alone(standing, capsys):
-    """`down --here --head-ip` removes only a node of that head, and says what it did."""
+    """`down --here --head-ip` removes only a node of that head, and names what it removed."""
     up.take_down_here("10.0.0.9")
     assert standing.did == [] and "another head, 10.0.0.1: it was left alone" in capsys.readouterr().err
     up.take_down_here("10.0.0.1")

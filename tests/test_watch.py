@@ -64,22 +64,22 @@ def seen(clock):
     return see
 
 
-def test_a_success_that_changes_nothing_is_not_said(seen):
-    """A server that stays well gives one line, and one that says that the watch is armed."""
+def test_a_success_that_changes_nothing_is_not_printed(seen):
+    """A server that stays well brings two lines: the server is well, and the hook is armed."""
     said, due = seen([WELL] * 5)
     assert (said[0], len(said), due) == ("well", 2, [])
 
 
 def test_a_clock_that_is_set_makes_no_hang(clock):
-    """A machine that has just learnt the time of day, or has slept, has not waited that hour."""
+    """A jump of the clock, or a sleep of the machine, does not count as time without an answer."""
     outage = Outage(failures=1, hang=300, moved=clock.now)
     assert outage.see(WELL, START)[1] is None
     said, due = outage.see(silent(), START + 3600)
     assert due is None and "busy" in said[0]
 
 
-def test_failures_in_a_row_are_due(seen):
-    """The hook gets their number and the time of the first; each failure until then is a line."""
+def test_the_hook_is_due_after_failures_in_a_row(seen):
+    """The hook gets the number of failures and the time of the first. Each failure before is a line."""
     said, due = seen([WELL, DOWN, DOWN, WELL, DOWN, DOWN, DOWN, DOWN])
     first = {"WATCH_EVENT": "down", "WATCH_REASON": "refused", "WATCH_SINCE": "2023-11-14T22:15:20Z"}
     assert due == [(6, first | {"WATCH_FAILURES": "3"}), (7, first | {"WATCH_FAILURES": "4"})]
@@ -94,7 +94,7 @@ def test_failures_in_a_row_are_due(seen):
 
 
 def test_nothing_is_due_before_the_server_was_well_once(seen):
-    """A watch that starts while the model loads does not act, says so once, and acts after the first success."""
+    """A watch that starts during a load prints one line, runs no hook, and is armed by the first success."""
     said, due = seen([DOWN] * 40)
     assert due == [] and sum(line.startswith("held back") for line in said) == 1 and len(said) == 4
     _, due = seen([DOWN] * 40 + [WELL] + [DOWN] * 3)
@@ -102,22 +102,22 @@ def test_nothing_is_due_before_the_server_was_well_once(seen):
 
 
 @pytest.mark.parametrize("look", [KEY, AWAY, Look("odd", "404")], ids=lambda look: look.kind)
-def test_what_is_no_failure_is_never_counted(look, seen):
-    """A wrong key and trouble of the watch's own network are said once per change, and end a row of failures."""
+def test_a_wrong_key_or_a_lost_network_is_not_counted(look, seen):
+    """Each change brings one line. A look that is not counted ends a row of failures."""
     said, due = seen([WELL, *[look] * 50, WELL])
     assert due == [] and len(said) == 4 and "not counted" in said[2]
     assert seen([WELL, DOWN, DOWN, look, DOWN, DOWN])[1] == []
 
 
 def test_busy_is_never_counted(seen):
-    """While something moves, hours without an answer are one line."""
+    """While the metrics move, hours without an answer bring one line."""
     said, due = seen([WELL, *(silent(("tokens", str(n // 9))) for n in range(500))])
     assert due == [] and len(said) == 3 and said[2].startswith("busy")
 
 
 @pytest.mark.parametrize("look", [silent(("tokens", "7")), Look("silent")], ids=["still", "no metrics"])
-def test_a_hang_counts_once_nothing_moved_for_so_long(look, seen):
-    """HANG_S after the last success or move, silence is a failure, whether the metrics answer or not."""
+def test_a_hang_counts_after_hang_s_without_a_move(look, seen):
+    """HANG_S after the last success or move, silence is a failure, with or without metrics."""
     said, due = seen([WELL] + [look] * 20, every=60)
     assert said[2].startswith("busy") and "failed 1 of 3: no answer, and nothing has moved for 300 s" in said
     # The first samples that are told count as a move.
@@ -150,7 +150,7 @@ def test_never_twice_within_the_cooldown_nor_too_often_in_a_day(hook):
 
 
 def test_runs_are_remembered_by_the_next_watch(hook):
-    """A run is in the file before the hook starts; a new watch reads the file; a clock set back frees no run."""
+    """A run is in the file before the hook starts, and a new watch reads the file. A clock set back allows no run."""
     hook.check()
     assert hook.claim(START) is None
     assert json.loads(hook.file.read_text()) == [START]
@@ -158,8 +158,8 @@ def test_runs_are_remembered_by_the_next_watch(hook):
 
 
 @pytest.mark.parametrize("text", ["", "[1, ", "null", "7", "[null]", '["x"]'])
-def test_a_file_that_cannot_be_believed_stops_the_hook(text, hook):
-    """A file that is no list of times ends a watch that starts, and holds back the hook of one that runs."""
+def test_a_file_that_is_no_list_of_times_stops_the_hook(text, hook):
+    """A watch that starts ends with a message. A watch that runs holds the hook back."""
     hook.check()
     hook.file.write_text(text)
     assert "cannot remember" in hook.claim(START) and hook.file.read_text() == text
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_believed_stops_the_hook(text, hook):
 
 
 def test_a_file_that_cannot_be_written_stops_the_hook(hook):
-    """A folder that cannot be made does the same; a watch without a hook needs no file."""
+    """A folder that cannot be made stops the hook too. A watch without a hook needs no file."""
     hook.file.parent.write_text("a file where the folder should be")
     assert "cannot remember" in hook.claim(START)
     with pytest.raises(Exit, match="cannot remember"):
@@ -176,8 +176,8 @@ def test_a_file_that_cannot_be_written_stops_the_hook(hook):
     replace(hook, words=()).check()
 
 
-def test_what_holds_the_hook_back_is_said_once_an_outage(hook, capfd):
-    """The reason is a line once in an outage, and again in the next."""
+def test_the_reason_against_the_hook_is_printed_once_an_outage(hook, capfd):
+    """The reason is one line in an outage, and one line in the next outage."""
     hook.check()
     outage = Outage(failures=1, hang=300)
     for look in [WELL, *[DOWN] * 5, WELL, *[DOWN] * 5]:
@@ -187,7 +187,7 @@ def test_what_holds_the_hook_back_is_said_once_an_outage(hook, capfd):
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \w", line) for line in said.splitlines())
 
 
-def test_without_a_hook_the_outage_is_only_said(hook, capfd):
+def test_without_a_hook_the_outage_is_only_printed(hook, capfd):
     """An empty WATCH_HOOK runs nothing and writes no file."""
     outage = Outage(failures=1, hang=300)
     for look in [WELL, *[DOWN] * 5]:
@@ -196,7 +196,7 @@ def test_without_a_hook_the_outage_is_only_said(hook, capfd):
 
 
 def test_the_hook_gets_the_event_and_no_secret(operator, tmp_path, capfd):
-    """The hook's environment is the watch's, with the event and without secrets. Its output goes to standard error."""
+    """The hook gets the watch's environment with the event, and without secrets. Its output goes to standard error."""
     script = tmp_path / "a hook"
     script.write_text(f'#!/bin/sh\nenv >"{tmp_path}/env"\necho "out $1"\nexit 3\n')
     script.chmod(0o700)
@@ -212,7 +212,7 @@ def test_the_hook_gets_the_event_and_no_secret(operator, tmp_path, capfd):
 
 
 def test_a_hook_that_does_not_end_is_killed_with_its_children(hook, tmp_path, monkeypatch):
-    """The hook's whole process group ends, and the watch goes on."""
+    """The watch kills the hook's whole process group, and goes on."""
     monkeypatch.setattr(watch, "HOOK_S", 0.05)
     words = ("sh", "-c", 'sleep 60 & echo $! >"$0"; wait', str(tmp_path / "child"))
     assert "was killed" in replace(hook, words=words).call(DUE)
@@ -233,7 +233,7 @@ def _runs(process):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_stop_waits_for_the_hook(number, hook, tmp_path):
-    """A signal counts once the hook has ended, so no node is left switched off half way."""
+    """A signal takes effect after the hook has ended, so the hook never stops half way."""
     words = ("sh", "-c", f'kill -{number:d} {os.getpid()}; sleep 0.01; touch "$0"', str(tmp_path / "whole"))
     before = signal.signal(number, signal.default_int_handler)
     try:
@@ -246,7 +246,7 @@ def test_a_stop_waits_for_the_hook(number, hook, tmp_path):
 
 
 def test_a_hook_that_cannot_start_is_refused_at_the_start(hook):
-    """The operator hears of it before the outage; the words, which may hold a password, are not repeated."""
+    """The operator learns of the error before an outage. The message shows no word of the hook."""
     wrong = replace(hook, words=("PDU_PASSWORD=marker7", "/nowhere/hook"))
     with pytest.raises(Exit, match="first word of WATCH_HOOK is no program") as refused:
         wrong.check()
@@ -298,8 +298,8 @@ def playing(status):
 @pytest.mark.parametrize(
     ("status", "kind"), [(200, "well"), (401, "key"), (403, "key"), (404, "odd"), (500, "failed"), (None, "silent")]
 )
-def test_a_real_answer_is_what_it_is(status, kind):
-    """A token is well; 4xx is an answer and no failure; 5xx fails; in silence the metrics are read."""
+def test_each_answer_of_a_real_server_is_classified(status, kind):
+    """A token is well. 4xx does not count, 5xx fails. If the server is silent, the watch reads the metrics."""
     with playing(status) as url:
         found = probe(url, "key", 0.05 if status is None else 5)
     assert found.kind == kind
@@ -307,7 +307,7 @@ def test_a_real_answer_is_what_it_is(status, kind):
 
 
 def test_a_closed_port_fails():
-    """A server that is gone refuses the connection."""
+    """A server that has ended refuses the connection."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -326,8 +326,8 @@ def test_a_closed_port_fails():
     ],
     ids=repr,
 )
-def test_why_no_connection_came_about(error, kind, monkeypatch):
-    """A server that cannot be reached fails; a lost network, an unknown name and a bad certificate are no failure."""
+def test_each_failed_connection_is_classified(error, kind, monkeypatch):
+    """A server out of reach fails. A lost network, an unknown name or a bad certificate does not count."""
 
     def lost(*_, **__):
         raise error
@@ -338,13 +338,13 @@ def test_why_no_connection_came_about(error, kind, monkeypatch):
 
 
 def test_a_name_server_that_is_silent_is_no_silent_server(monkeypatch):
-    """The watch lacks a network then, and no failure is counted."""
+    """A silent name server is trouble of the watch's network, and counts no failure."""
     monkeypatch.setattr(api.socket, "getaddrinfo", lambda *_: time.sleep(0.5))
     assert probe("http://head:8000", None, 0.02).kind == "away"
 
 
-def test_a_strangers_text_stays_on_its_line(monkeypatch):
-    """An answer's text is printable and short in the watch's lines and in the hook's environment."""
+def test_a_servers_text_stays_on_its_line(monkeypatch):
+    """In the watch's lines and in the hook's environment the text of an answer is short and printable."""
     monkeypatch.setattr(api, "ask_api", lambda *_, **__: Answer(500, "a\n\0\x1b[31mb\udcff" * 100, 0.1))
     reason = probe("http://head:8000", None).reason
     assert reason.isprintable() and len(reason) <= 190
@@ -354,8 +354,8 @@ def test_a_strangers_text_stays_on_its_line(monkeypatch):
     "url",
     ["http://head:8000", "https://head", "http://10.0.0.1:8000/", "http://[fe80::1]:8000", "http://a.b-c.example"],
 )
-def test_addresses_that_are_taken(url):
-    """A url is a scheme, a host and perhaps a port; a slash at its end is dropped."""
+def test_urls_that_are_accepted(url):
+    """A url has a scheme, a host and perhaps a port. A slash at its end is dropped."""
     assert checked_url(url) == url.rstrip("/")
 
 
@@ -367,15 +367,15 @@ def test_addresses_that_are_taken(url):
         *("http://::1:8000", "http://[:::1]:8000"),
     ],
 )
-def test_addresses_that_are_refused(url):
-    """Any other url is refused with a sentence that says what is taken, and does not repeat a password."""
+def test_urls_that_are_refused(url):
+    """The message shows the form of a url. It does not repeat the refused url, which may hold a password."""
     with pytest.raises(Exit, match=r"it takes http://HOST:PORT or https://HOST:PORT, no more\.") as refused:
         checked_url(url)
     assert "marker7" not in refused.value.message
 
 
 def test_a_key_that_cannot_be_sent_is_refused(operator):
-    """The watch does not start, and does not repeat the key."""
+    """The watch does not start, and the message does not repeat the key."""
     operator.setenv("VLLM_API_KEY", "ключ")
     with pytest.raises(Exit, match="VLLM_API_KEY has letters") as refused:
         watch_api(load_settings(), "http://head:8000")
@@ -383,7 +383,7 @@ def test_a_key_that_cannot_be_sent_is_refused(operator):
 
 
 def test_a_sigterm_ends_the_watch_in_order(operator, capfd):
-    """The watch says what it does first and last, and returns; the signal's handler is the one before."""
+    """The watch prints its first and last line, and returns. The old signal handler is restored."""
     before = signal.getsignal(signal.SIGTERM)
     operator.setattr(watch.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with playing(200) as url:
