@@ -143,8 +143,8 @@ def verdict(found):
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
-def test_each_state_by_what_was_seen(row):
-    """A verdict is a state, a sentence with the reason, and, unless the state is healthy, the next command."""
+def test_each_state_by_its_answers(row):
+    """A verdict has a state and a reason. Unless the state is healthy, the verdict also has the next command."""
     found, state, why = row
     said = verdict(found)
     assert said.state is state and why in said.why
@@ -153,7 +153,7 @@ def test_each_state_by_what_was_seen(row):
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
 def test_a_rank_that_is_gone_is_the_first_trouble(lost):
-    """Whatever the API answers, both nodes have to come up again, and the node without a rank is named."""
+    """Whatever the API answers, both nodes have to be brought up again. The verdict names the node without a rank."""
     worker, nodes = lost
     record = Recorded({HEAD: facts(available=0), WORKER: worker}, saw(quiet=9999).still)
     for answer in (SILENT, DEAD, Answer(401, "", 0.1)):
@@ -162,7 +162,7 @@ def test_a_rank_that_is_gone_is_the_first_trouble(lost):
 
 
 def test_a_token_beats_a_look_that_failed():
-    """A token came through every rank, whatever the recorder saw a second before."""
+    """A token proves that every rank lives, even if the recorder's last look failed."""
     for worker, nodes in LOST.values():
         record = Recorded({HEAD: facts(), WORKER: worker}, saw().still)
         assert verdict(seen(WELL, record, nodes=nodes)).state is State.HEALTHY
@@ -177,35 +177,35 @@ def test_a_token_beats_a_look_that_failed():
     ],
     ids=["Ray has lost it", "did not answer once", "no rank yet"],
 )
-def test_a_load_ends_with_a_node_and_not_without_a_rank(worker, nodes, state):
-    """A load has no ranks at first; a load without a node never ends."""
+def test_a_load_without_a_node_is_a_lost_rank(worker, nodes, state):
+    """A load has no ranks at first, and that is no trouble. A load that lacks a node never ends."""
     record = Recorded({HEAD: facts(ranks=0), WORKER: worker}, saw().still)
     assert verdict(seen(REFUSED, record, nodes=nodes)).state is state
 
 
 @pytest.mark.parametrize(("seconds", "state"), [(DEAF_S - 1, State.HEALTHY), (DEAF_S, State.UNKNOWN)])
 def test_a_node_that_the_recorder_does_not_reach_is_not_called_healthy(seconds, state):
-    """A token proves its rank and nothing about its memory and links; a short silence is no trouble."""
+    """A token proves nothing about the node's memory and links. A short silence is no trouble."""
     record = Recorded({HEAD: facts(), WORKER: None}, saw().still, {WORKER: seconds})
     said = verdict(seen(WELL, record))
     assert said.state is state and (state is State.HEALTHY or "does not reach 10.0.0.2 (30 s)" in said.why)
 
 
 def test_one_look_that_was_missed_is_no_lost_rank():
-    """A busy node may answer late. The operator is told to take both nodes down only if Ray has lost one too."""
+    """A busy node may answer late. Its rank counts as lost only if Ray has lost the node too."""
     for nodes in ([HEAD, WORKER], None):
         for answer in (SILENT, DEAD, Answer(401, "", 0.1)):
             assert verdict(seen(answer, saw(unseen=True), nodes=nodes)).state is not State.RANK_LOST
 
 
-def test_without_the_recorder_up_is_what_to_type():
-    """`inv up` starts the recorder again and leaves the server alone."""
+def test_without_the_recorder_the_next_command_is_up():
+    """`inv up` starts the recorder again, and leaves the server alone."""
     assert START_RECORDER.startswith("inv up ")
     assert {verdict(seen(answer, None)).next for answer in (WELL, SILENT)} == {START_RECORDER}
 
 
 def test_one_thing_that_moves_is_no_hang():
-    """A counter, a rank's processor or a GPU: each alone shows that the server works on a long prompt."""
+    """A counter, a rank's processor or a GPU that moves shows that the server works on a long prompt."""
     assert {verdict(seen(SILENT, saw(quiet=9999, **{thing: 1}))).state for thing in WORK} == {State.BUSY}
 
 
@@ -217,27 +217,27 @@ def test_one_node_that_works_is_no_hang():
         assert verdict(seen(SILENT, replace(saw(), still=still | {f"cpu {at}": 1}))).state is State.BUSY
 
 
-def test_what_nobody_looked_at_is_no_hang():
-    """A recorder that has just started has seen neither work, nor a load, nor a request that waits."""
+def test_a_recorder_without_a_look_is_no_hang():
+    """A recorder that has just started has not yet looked at work, load or waiting requests."""
     new = replace(saw(), still={})
     assert verdict(seen(SILENT, new, waited=9999)).state is State.BUSY
     assert verdict(seen(SILENT, replace(new, still=dict.fromkeys(WORK, 9999)))).state is State.BUSY
     assert verdict(seen(REFUSED, new)).state is State.LOADING
 
 
-def test_what_an_idle_server_does_is_no_work():
-    """A log line or the server's own loop does not make a hung engine busy."""
+def test_a_log_line_is_no_work():
+    """A new log line, or the server's own loop, does not make a hung engine busy."""
     idle = ("log", "memory", "server_cpu")
     assert {verdict(seen(SILENT, saw(quiet=9999, **{thing: 1}))).state for thing in idle} == {State.HUNG}
 
 
 def test_one_thing_that_moves_is_a_load():
-    """The log, memory, the server's or a rank's processor, a GPU: each alone shows that a load goes on."""
+    """If log, memory, a processor or a GPU moves, the load goes on."""
     assert {verdict(seen(REFUSED, saw(quiet=9999, **{thing: 1}))).state for thing in LOAD} == {State.LOADING}
 
 
 def test_the_first_trouble_is_the_verdict():
-    """With everything wrong at once, the trouble to mend first is named first, and so on until all is well."""
+    """If several things are wrong, the verdict names the trouble to correct first, and then the next one."""
     low, cut = facts(available=GIB, down=["enp1s0f0np0"]), facts(down=["enp1s0f0np0"])
     key, bad = Answer(401, "", 0.1), {"gpus": {"GPU on the host": (False, "none")}}
     steps = [
@@ -255,8 +255,8 @@ def test_the_first_trouble_is_the_verdict():
     assert [verdict(found).state for found, _ in steps] == [state for _, state in steps]
 
 
-def test_what_is_no_refused_connection_is_no_load():
-    """A request that could not be sent, or an answer that is no HTTP, is unknown, however long nothing moves."""
+def test_only_a_refused_connection_is_a_load():
+    """Without an HTTP answer or a refused connection the state is unknown, however long nothing moves."""
     no_letters = UnicodeEncodeError("latin-1", "ключ", 0, 4, "ordinal not in range(256)")
     for error in (no_letters, RemoteDisconnected("closed"), BadStatusLine("TLS"), OSError(113, "No route")):
         answer = Answer(None, str(error), 0.0, error=error)
@@ -264,7 +264,7 @@ def test_what_is_no_refused_connection_is_no_load():
 
 
 def test_a_refusal_is_no_dead_engine():
-    """An answer below 500 comes from a server that runs, so the operator is not told to stop it."""
+    """An answer below 500 comes from a server that works, so the next command does not stop the server."""
     refused = [Answer(status, "refused", 0.1) for status in (302, 400, 404, 429, 499)]
     assert {verdict(seen(answer)).state for answer in refused} == {State.UNKNOWN}
     assert verdict(seen(refused[0])).why == "The API answers 302: refused"
@@ -293,24 +293,24 @@ def asked(monkeypatch, tmp_path):
     return ask
 
 
-def test_what_moves_while_the_token_is_waited_for_counts(asked):
-    """After an idle hour a first token may take longer than health waits: ranks that work meanwhile are no hang."""
+def test_a_move_during_the_wait_for_the_token_counts(asked):
+    """The first token after an idle hour may be late. Ranks that work meanwhile are no hang."""
     assert asked(*[SILENT] * 9, before=saw(quiet=3600), after=saw(quiet=1))[-1] is State.BUSY
 
 
 def test_an_idle_server_whose_first_token_is_slow_is_busy(asked):
-    """A server that was idle for a day is hung once health itself has waited HANG_S, and not before."""
+    """A server that was idle is hung only after health itself has waited HANG_S."""
     assert asked(SILENT, SILENT, SILENT) == [State.BUSY, State.BUSY, State.HUNG]
     assert asked(WELL, SILENT, SILENT) == [State.HEALTHY, State.BUSY, State.BUSY]
 
 
 def test_looks_far_apart_make_no_hang(asked):
-    """Between two looks an hour apart, other clients may have had their tokens."""
+    """Between two looks an hour apart other clients may have got their tokens."""
     assert asked(*[SILENT] * 9, every=HANG / 2 + 1) == [State.BUSY] * 9
 
 
 def test_a_refused_connection_is_no_wait(asked):
-    """A server that was launched anew loads: earlier waiting does not count."""
+    """A server that was launched again is loading, so earlier waiting does not count."""
     assert asked(SILENT, SILENT, REFUSED, SILENT, SILENT)[-1] is State.BUSY
 
 
@@ -341,22 +341,22 @@ def looked(asked, monkeypatch):
     return look
 
 
-def test_ray_is_asked_only_where_the_recorder_does_not_tell(looked):
-    """Ray takes seconds to answer: if the recorder saw every node just now, those are the nodes."""
+def test_ray_is_asked_only_without_the_recorders_look(looked):
+    """Ray needs seconds to answer. If the recorder has just seen every node, Ray is not asked."""
     assert [looked(saw())[1], looked(None)[1], looked(saw(unseen=True))[1]] == [0, 1, 1]
     assert looked(saw())[0].nodes == [HEAD, WORKER] and looked(saw(), answer=DEAD)[1] == 1
 
 
-def test_one_look_that_was_missed_is_asked_of_ray(looked):
-    """Ray tells a lost node from a busy one; if Ray does not answer, no node is called lost."""
+def test_ray_is_asked_after_a_missed_look(looked):
+    """Ray's answer shows whether the node is lost or busy. Without Ray's answer no node counts as lost."""
     assert verdict(looked(saw(unseen=True), HEAD, WORKER)[0]).state is State.BUSY
     assert verdict(looked(saw(unseen=True), HEAD)[0]).state is State.RANK_LOST
     lost, _ = looked(saw(unseen=True), error=Exit("Ray does not answer"))
     assert lost.nodes is None and verdict(lost).state is State.BUSY
 
 
-def test_the_queue_before_a_token_is_told(looked):
-    """The numbers are those of the last page of metrics that came during the wait."""
+def test_the_queue_is_shown_without_a_token(looked):
+    """The numbers come from the last metrics that were read during the wait."""
     pages = [Metrics(1, 4, frozenset()), Metrics(1, 3, frozenset())]
     assert "(1 requests run, 3 wait)" in verdict(looked(saw(), told=pages)[0]).why
     assert "(1 requests run, 4 wait)" in verdict(looked(saw(), told=[pages[0], None])[0]).why
@@ -387,7 +387,7 @@ EARLIER = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
     ids=["no container", "a container that has ended", "an earlier version's"],
 )
 def test_a_container_that_cannot_be_asked_has_a_state(status, state, next_command, on, capsys):
-    """Without a container the cluster does not run; one of an earlier version is named, and is not asked."""
+    """Without a container the state is `not running`. A container of an earlier version is named, and not asked."""
     on(status, **EARLIER)
     assert health.report_health({}, as_json=True) is state
     out, err = capsys.readouterr()
@@ -397,8 +397,8 @@ def test_a_container_that_cannot_be_asked_has_a_state(status, state, next_comman
     assert ("earlier version" in told["why"]) == (status == "running")
 
 
-def test_a_worker_says_where_to_ask(on):
-    """A worker does not know the whole cluster."""
+def test_a_worker_names_the_head(on):
+    """A worker does not know the whole cluster, so the message names the head."""
     on("running", **EARLIER | {"VLLM_HOST_IP": WORKER})
     with pytest.raises(Exit, match=r"This node is a worker \(10.0.0.2\). Type it on the head, 10.0.0.1."):
         health.look({})
@@ -438,19 +438,19 @@ def test_looks_without_a_token_add_up(looks, seconds, waited):
 
 @pytest.mark.parametrize("text", ["", "null", "[1, "])
 def test_a_file_of_looks_that_cannot_be_read_begins_anew(text, waited):
-    """Half a file ends in no traceback, and the next look finds a whole one."""
+    """A broken file brings no traceback, and the next look finds a whole file."""
     waited.file.write_text(text)
     assert [waited(), waited(100)] == [0, 100]
 
 
 def test_the_next_health_knows_the_looks_before(waited):
-    """Each `inv health` is a process of its own, so the looks are in a file."""
+    """Each `inv health` is a new process, so a file keeps the looks."""
     waited.file.write_text(json.dumps([NOW - 250, NOW - 100]))
     assert waited() == 250
     assert [file.name for file in waited.file.parent.iterdir()] == ["unanswered.json"]
 
 
-def test_looks_that_cannot_be_kept_are_not_held_against_the_server(waited):
-    """Without the folder nobody has waited, and health tells the rest as usual."""
+def test_looks_that_cannot_be_kept_do_not_count(waited):
+    """If the folder is missing, no waiting counts, and health reports the rest as usual."""
     shutil.rmtree(waited.file.parent)
     assert [waited(later) for later in (0, 100, 100)] == [0, 0, 0]

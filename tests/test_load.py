@@ -58,20 +58,20 @@ LINES = [
 
 
 def test_each_line_shows_the_phase():
-    """The phase after each line of a whole load, with the percent of its bar."""
+    """Each line of a whole load gives its phase, with the percent of the progress bar."""
     phase = Phase()
     assert [(line, phase.read(line), str(phase))[::2] for line, _ in LINES] == LINES
 
 
-def test_a_new_phase_is_told_once():
-    """A line begins a phase if the phase is another one; a line of the same or of an earlier phase does not."""
+def test_a_new_phase_begins_once():
+    """Only a line of a later phase begins a phase."""
     phase = Phase()
     told = [shown for line, shown in LINES if phase.read(line)]
     assert [shown.partition(" ")[0] for shown in told] == [name.partition(" ")[0] for name in list(PHASES)[1:]]
 
 
 def test_a_load_may_lack_phases():
-    """--enforce-eager compiles and captures nothing; a line that says so is no compilation."""
+    """--enforce-eager skips compilation and capture. A line that only mentions compilation is no compilation."""
     phase, seen = Phase(), set()
     for line, _ in LINES:
         if "torch.compile takes" not in line and not line.startswith("Capturing") and "backends.py" not in line:
@@ -81,7 +81,7 @@ def test_a_load_may_lack_phases():
 
 
 def test_phases_only_go_forward():
-    """A late line of a slower rank, with its bar, changes neither phase nor percent."""
+    """A late line of a slower rank changes neither the phase nor the percent."""
     phase = Phase()
     for line in (LINES[20][0], LINES[8][0], LINES[5][0], LINES[2][0]):
         phase.read(line)
@@ -100,8 +100,8 @@ def clock(monkeypatch):
     return clock
 
 
-def test_off_a_terminal_a_line_now_and_then(clock, capsys):
-    """A line at each new phase, and every 30 s: the output is not flooded, and never seems dead."""
+def test_off_a_terminal_a_line_every_30_seconds(clock, capsys):
+    """Each new phase and every 30 s bring a line, so a log is short, and never silent for long."""
     shown = Progress("tiny", 90)
     for second in range(100):
         clock.now = 1000 + second
@@ -111,8 +111,8 @@ def test_off_a_terminal_a_line_now_and_then(clock, capsys):
     assert out == "" and EVERY_S == 30
 
 
-def test_a_load_that_began_earlier_has_taken_as_long(clock, capsys):
-    """Another terminal may have started the server. Before the first load no time is expected."""
+def test_the_time_of_a_load_counts_from_the_servers_start(clock, capsys):
+    """Another terminal may have started the server. The first load of a model shows no expected time."""
     shown = Progress("tiny", since=1_700_000_000 + 880.0)
     shown.show("warm-up", new=True)
     assert (shown.seconds, capsys.readouterr().err) == (120, "tiny: warm-up, 120 s\n")
@@ -124,7 +124,7 @@ def _gone(*_):
 
 @pytest.mark.parametrize("both", [True, False], ids=["a terminal", "standard output to a file"])
 def test_lines_of_the_log_go_above_the_line_that_changes(both, tmp_path, monkeypatch):
-    """The line that changes leaves the lines of the log whole, on the same terminal and in a file."""
+    """The line that changes breaks no line of the log, neither on the terminal nor in a file."""
     line = "[bold]100%[/] " + 60 * "long "
     terminal, end = pty.openpty()
     with open(end, "w") as screen, (tmp_path / "out").open("w") as file:
@@ -145,7 +145,7 @@ def test_lines_of_the_log_go_above_the_line_that_changes(both, tmp_path, monkeyp
 
 
 def test_a_terminal_that_is_lost_ends_no_load(clock):
-    """The load is not the terminal's: the wait, and its end, go on."""
+    """If the terminal is lost, the wait for the load goes on."""
     shown = Progress("tiny")
     shown.live = SimpleNamespace(update=_gone, stop=_gone)
     shown.show("weights")
@@ -170,8 +170,8 @@ def ready(settings, folder, clock, monkeypatch, capsys):
     return follow
 
 
-def test_the_next_load_takes_as_long_as_the_last(ready, folder):
-    """Each model on its nodes has a time of its own. A server that answered before has no load."""
+def test_the_next_load_is_expected_to_take_as_long(ready, folder):
+    """Each model on its nodes has its own time. A server that answered before was not loaded, and sets no time."""
     assert "expected" not in ready(500.04)
     assert "nemotron: first request, 480 s, 500 s expected\nReady after 480 s: API at " in ready(480.26)
     assert "It answers: API at http://10.0.0.1:8000/v1, model " in ready(7, answered_before=True)
@@ -179,7 +179,7 @@ def test_the_next_load_takes_as_long_as_the_last(ready, folder):
 
 
 def test_a_file_of_times_that_cannot_be_used_fails_no_load(ready, folder):
-    """A broken file is begun anew. A folder that is gone costs the next load its expected time, and nothing else."""
+    """A broken file is begun anew. Without the folder the next load only lacks its expected time."""
     (folder / "ready.json").write_text("{")
     assert "Ready after 7 s" in ready(7) and "7 s expected" in ready(8)
     (folder / "ready.json").unlink()
@@ -239,7 +239,7 @@ def wrote(folder, quiet, age=1.0):
 
 
 def test_a_load_is_shown_as_it_goes(loading):
-    """Every line of the log unchanged, and a line at each new phase; nothing else once the API listens."""
+    """Each line of the log is printed unchanged, and each new phase adds a line. Then the API listens."""
     lines = [*(line for line, _ in LINES[:6]), "[bold]100%[/] {x}"]
     out, err = loading(lines)
     assert out.splitlines() == lines and err == "nemotron: weights, 0 s\n"
@@ -247,14 +247,14 @@ def test_a_load_is_shown_as_it_goes(loading):
 
 
 def test_a_standard_output_that_nobody_reads_ends_only_the_view(loading, monkeypatch):
-    """The operator is told that the server runs on."""
+    """The server runs on, and the message says so."""
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=_gone, flush=_gone, isatty=lambda: False))
     with pytest.raises(Exit, match="The server runs on"):
         loading(["more"])
 
 
 def test_a_server_that_ends_is_not_waited_for(loading, serving):
-    """The operator gets its last lines, and is told where the rest is."""
+    """The message has the last lines of the log, and the command that shows all lines."""
     serving.now = False
     lines = [f"line {number}" for number in range(30)]
     with pytest.raises(Exit, match="The server has ended") as ended:
@@ -264,13 +264,13 @@ def test_a_server_that_ends_is_not_waited_for(loading, serving):
 
 
 def test_the_log_may_end_before_the_server(loading):
-    """`docker exec` is gone, and the server is not: its load is waited for."""
+    """If `docker exec` has ended and the server runs, the wait for the load goes on."""
     out, err = loading([LINES[5][0]], looks=9, over=True)
     assert out == f"{LINES[5][0]}\n" and "ended" not in err
 
 
 def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
-    """The phase and where to look: `up` fails, `launch` says so once and leaves the decision to the operator."""
+    """The message names the phase and the next command. `up` fails; `launch` prints the message once and goes on."""
     wrote(folder, quiet=700)
     with pytest.raises(Exit, match=r"^STUCK in weights: for 600 s \(STALL_S\) .* Look: inv logs$"):
         loading([LINES[5][0]], looks=9, stay=False)
@@ -279,8 +279,8 @@ def test_a_load_in_which_nothing_moves_is_stuck(loading, folder):
 
 
 @pytest.mark.parametrize(("quiet", "age"), [(599, 1), (9999, FRESH_S + 2), (None, 0)], ids=["slow", "stale", "nothing"])
-def test_a_load_is_not_stuck_if_nobody_knows(quiet, age, loading, folder):
-    """A load that is slow, a recorder that tells of long ago, or none: the load is waited for."""
+def test_a_load_without_a_fresh_look_is_not_stuck(quiet, age, loading, folder):
+    """A slow load, an old look of the recorder, or no recorder: the wait for the load goes on."""
     if quiet:
         wrote(folder, quiet, age)
     assert "STUCK" not in loading().err
@@ -288,7 +288,7 @@ def test_a_load_is_not_stuck_if_nobody_knows(quiet, age, loading, folder):
 
 @pytest.mark.parametrize(("age", "said"), [(1, 0), (FRESH_S + 2, 1), (None, 1)], ids=["fresh", "stale", "nothing"])
 def test_a_load_without_a_recorder_is_said_to_be_unguarded(age, said, loading, folder, monkeypatch):
-    """Once, after the recorder has had the time to reach every node."""
+    """The warning comes once, after the recorder has had time to reach every node."""
     monkeypatch.setattr(load, "RECORDER_S", -1)
     if age:
         wrote(folder, 0, age)
@@ -312,24 +312,24 @@ def first_request(settings, serving, monkeypatch, capsys):
 
 
 def test_the_first_request_is_part_of_the_load(first_request):
-    """The first request compiles kernels, so it is waited for, with the key, before the server counts as ready."""
+    """The first request compiles kernels. The server counts as ready after the answer to this request."""
     asked, said = first_request(Answer(200, "{}", 49.0))
     assert asked == ("http://127.0.0.1:8000", "sk", load.WARM_UP_S) and said == "nemotron: first request, 0 s\n"
 
 
 def test_a_first_request_that_is_refused_fails(first_request):
-    """With the answer, and the next command."""
+    """The message has the answer and the next command."""
     with pytest.raises(Exit, match="answered 500: no kernel image\nType: inv health"):
         first_request(Answer(500, "no kernel image", 0.1))
 
 
 def test_a_first_request_outlives_the_log(first_request):
-    """The server counts, and not the `docker exec` that shows its log."""
+    """The wait ends with the server, and not with the `docker exec` that shows the log."""
     assert "first request" in first_request(Answer(200, "{}", 49.0), over=True)[1]
 
 
 def test_a_server_that_ends_at_the_first_request_fails(first_request, serving):
-    """With the last lines of its log."""
+    """The message has the last lines of the log."""
     serving.now = False
     with pytest.raises(Exit, match=r"The server has ended.*\n  killed\n"):
         first_request(Answer(200, "{}", 0.1), over=True)

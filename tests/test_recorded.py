@@ -22,31 +22,31 @@ def vitals(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_what_the_recorder_wrote_is_read(vitals):
-    """The file tells how many ranks live, and for how many seconds each thing has not moved."""
+def test_the_recorders_file_is_read(vitals):
+    """The file has the number of ranks, and for how many seconds each thing has not moved."""
     (vitals / "vitals.json").write_text(json.dumps(VITALS))
     found = recorder.read_recorded({})
     assert found.ranks == 2
     assert (found.quiet("cpu"), found.quiet("memory"), found.quiet("cpu", "memory")) == (7, 5, 5)
 
 
-def test_what_nobody_looked_at_has_not_been_quiet(vitals):
-    """A thing that the recorder did not look at counts as moving; `server` is not `server_cpu`."""
+def test_a_thing_without_a_look_has_not_been_quiet(vitals):
+    """A thing that the recorder did not look at counts as moving. `server` is not `server_cpu`."""
     (vitals / "vitals.json").write_text(json.dumps(VITALS))
     found = recorder.read_recorded({})
     assert (found.quiet("gpu"), found.quiet("waiting"), found.quiet("server"), found.quiet()) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("age", "fresh"), [(-1.5, False), (-1, True), (FRESH_S, True), (FRESH_S + 0.1, False)])
-def test_a_look_of_long_ago_is_none(age, fresh, vitals):
-    """After a clock was set back nobody knows when the file was written."""
+def test_an_old_look_is_none(age, fresh, vitals):
+    """If a clock was set back, the age of the file is unknown."""
     (vitals / "vitals.json").write_text(json.dumps(VITALS | {"at": NOW - age}))
     assert bool(recorder.read_recorded({})) is fresh
 
 
 @pytest.mark.parametrize("text", [None, "", '{"at": 1'], ids=["no file", "nothing", "half a file"])
-def test_what_cannot_be_read_is_none(text, vitals):
-    """No file and half a file are unknown, without a traceback."""
+def test_a_file_that_cannot_be_read_is_none(text, vitals):
+    """A missing file and a broken file are unknown, without a traceback."""
     if text is not None:
         (vitals / "vitals.json").write_text(text)
     assert recorder.read_recorded({}) is None
