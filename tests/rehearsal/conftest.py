@@ -16,7 +16,7 @@ from rehearsal.rig import Rig
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
-    """Stand-in Sparks with the product's image on each; skipped where they can't run, which in CI is a failure."""
+    """Stand-in Sparks, each with the image. Where no rehearsal can run, the tests are skipped; in CI they fail."""
     if said := needs.missing(tests=True):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
     with Rig(say=lambda line: print(line, flush=True)) as made:
@@ -27,7 +27,7 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def shells(rig: Rig) -> Shells:
-    """A sshd on every worker, which the head reaches as spark-2; they end with the rig."""
+    """An sshd on every worker. The head reaches the worker as spark-2. The sshds end with the rig."""
     made = Shells(rig.hosts)
     for worker in rig.hosts[1:]:
         made.start(worker)
@@ -35,14 +35,14 @@ def shells(rig: Rig) -> Shells:
 
 
 class Standing:
-    """Head and worker for the tiny model, which stay up from test to test as long as the tests leave them whole."""
+    """Head and worker for the tiny model. They stay up from test to test, unless a test has damaged them."""
 
     def __init__(self, hosts: list[Host]) -> None:
         self.hosts = hosts
         self.terminals: list[Terminal] = []
 
     def up(self) -> list[Terminal]:
-        """Their terminals. Ray has both nodes and no server runs."""
+        """Return the terminals of both nodes. Ray has both nodes, and no server runs."""
         if not self._whole():
             self.down()
             self.terminals = bring_up(self.hosts, Terminal)
@@ -71,7 +71,7 @@ def standing(rig: Rig) -> Iterator[Standing]:
 
 @pytest.fixture
 def sparks(rig: Rig, standing: Standing, request: pytest.FixtureRequest) -> Iterator[list[Host]]:
-    """The two hosts with nothing on them before and after, unless the test asks for the cluster too."""
+    """The two hosts. They are empty before and after a test, unless the test also uses the cluster."""
     if "cluster" in request.fixturenames:
         yield rig.hosts
     else:
@@ -82,7 +82,7 @@ def sparks(rig: Rig, standing: Standing, request: pytest.FixtureRequest) -> Iter
 
 @pytest.fixture
 def cluster(standing: Standing) -> list[Terminal]:
-    """Head and worker up for the tiny model, and Ray has both."""
+    """Head and worker are up for the tiny model, and Ray has both."""
     return standing.up()
 
 

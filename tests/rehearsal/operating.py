@@ -1,4 +1,4 @@
-"""An operator at stand-in Sparks: terminals, tasks that are typed in them, and what a task leaves behind."""
+"""An operator at stand-in Sparks: terminals, tasks that run in them, and the containers that a task leaves."""
 
 import os
 import signal

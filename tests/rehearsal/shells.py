@@ -1,4 +1,4 @@
-"""A real sshd on each stand-in Spark, and a `ssh` on the head that knows their keys, as an operator's own would."""
+"""A real sshd on each stand-in Spark, and an `ssh` on the head that has their keys, as an operator's ssh has."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ FULL = "/run/full/cache"
 
 
 class Shells:
-    """A sshd on each host that is started."""
+    """The sshds of the hosts."""
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self.hosts = hosts
@@ -30,7 +30,7 @@ class Shells:
         self._write_client()
 
     def start(self, host: Host, **extra: str) -> None:
-        """Start a host's sshd anew and wait until it answers. Its sessions have `extra` beside the host's variables."""
+        """Restart a host's sshd, and wait until it answers. extra: more variables for its sessions."""
         self.stop(host)
         config = self.folder / f"{host.name}.conf"
         config.write_text(self._server(host, host.env | extra))
@@ -41,7 +41,7 @@ class Shells:
         assert wait(lambda: self.hosts[0].run("ssh", host.name, "true").returncode == 0, 20, pause=0.2), log.name
 
     def stop(self, host: Host) -> None:
-        """End a host's sshd. Its sessions go on."""
+        """End a host's sshd. The sessions of that sshd go on."""
         if process := self._running.pop(host.name, None):
             process.kill()
             process.wait(10)

@@ -1,4 +1,4 @@
-"""Four stand-in Sparks: nothing in the code says two. This runs before the tests that share one rig: one at a time."""
+"""Four stand-in Sparks work like two. This test runs before those that share a rig, because a machine has one rig."""
 
 import os
 
@@ -32,7 +32,7 @@ def four():
 
 
 def test_up_on_four_hosts(four):
-    """One rank on each, healthy, and down again from the head."""
+    """Each host has one rank, the state is healthy, and `down` on the head removes all nodes."""
     done = four[0].run(*INV, "up", "--model", "rehearsal", "--allow", ALLOW, env=SHELL | FLEET, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     health = inv(four[0], "health", **FLEET)

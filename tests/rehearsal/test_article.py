@@ -1,4 +1,4 @@
-"""`inv rehearse` as its user types it. These tests come before those that share one rig: one rehearsal at a time."""
+"""`inv rehearse` as a user types it. These tests run before those that share a rig: a machine has one rig."""
 
 import os
 import re
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.rehearsal
 
 @pytest.fixture(autouse=True)
 def able():
-    """Skip where rehearsals can't run, and leave none behind."""
+    """Skip if no rehearsal can run here. Leave no rehearsal behind."""
     if said := needs.missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
     yield
@@ -23,21 +23,21 @@ def able():
 
 
 def rehearse(*flags: str) -> subprocess.CompletedProcess:
-    """Type it, and wait for its end."""
+    """Run `inv rehearse`, and wait for its end."""
     done = subprocess.run([*INV, "rehearse", *flags], capture_output=True, text=True, timeout=1500, check=False)
     sys.stderr.write(done.stderr[-3000:])
     return done
 
 
 def test_the_whole_flow_is_green():
-    """The last list says so, step by step, and so does the exit status; standard output stays empty."""
+    """The last list and the exit status report success. Standard output stays empty."""
     done = rehearse()
     marks = re.findall(r"^\[(.)\] ", done.stderr, re.M)
     assert (done.returncode, done.stdout, marks) == (0, "", ["✓"] * 10)
 
 
 def test_kept_sparks_answer_as_it_says_and_go_when_told():
-    """--keep prints how to talk to them; the lines work as they are; --down takes them down. One is enough for that."""
+    """--keep prints commands for the stand-ins, and they work as printed. --down takes the stand-ins down."""
     done = rehearse("--keep", "--hosts", "1")
     assert done.returncode == 0
     for line, answer in (("docker ps", "node-ray"), ("/v1/models", '"tiny"')):
@@ -51,6 +51,6 @@ def test_kept_sparks_answer_as_it_says_and_go_when_told():
 
 @pytest.mark.parametrize("flags", [("--hosts", "3"), ("--hosts", "two")])
 def test_a_wrong_number_is_a_sentence(flags):
-    """Before anything is touched."""
+    """The number of hosts is refused before anything changes."""
     done = rehearse(*flags)
     assert done.returncode != 0 and "it takes 1, 2, 4" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""However a rehearsal ends, nothing of it stays. These tests run before those that share one rig: one at a time."""
+"""A rehearsal leaves nothing, however it ends. These tests run before those that share a rig."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ with rig.Rig(say=say, keep=sys.argv[1] == "kept") as made:
 
 @pytest.fixture(autouse=True)
 def swept() -> Iterator[None]:
-    """Skip where rehearsals can't run; sweep before and after."""
+    """Skip if no rehearsal can run here. Remove its remains before and after."""
     if said := needs.missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
     sandbox.take_down()
@@ -51,7 +51,7 @@ def swept() -> Iterator[None]:
 
 @pytest.fixture
 def owner() -> Iterator[Callable[[str], subprocess.Popen]]:
-    """Starts a process that makes a rehearsal, and waits for the moment when it has said so."""
+    """Starts a process that makes a rehearsal, and waits until the rehearsal is up."""
     started = []
 
     def start(moment: str) -> subprocess.Popen:
@@ -85,7 +85,7 @@ def processes() -> list[str]:
 
 
 def command_line(file: Path) -> str:
-    """Empty for a process that has ended meanwhile."""
+    """Return the command line of a process; empty if the process has ended."""
     with suppress(OSError):
         return file.read_text(errors="replace").replace("\0", " ")
     return ""
@@ -107,7 +107,7 @@ def test_a_signal_takes_everything_down(owner, moment, number):
 
 @pytest.mark.parametrize("moment", ["namespaces", "container"])
 def test_after_sigkill_only_names_are_left_and_the_next_run_sweeps_them(owner, moment):
-    """No engine and no container outlives a killed owner. The next rehearsal comes up, and leaves nothing."""
+    """Engines and containers end with a killed owner. The next rehearsal starts, and leaves nothing."""
     process = owner(moment)
     process.kill()
     assert wait(lambda: not processes(), 10), processes()
@@ -117,7 +117,7 @@ def test_after_sigkill_only_names_are_left_and_the_next_run_sweeps_them(owner, m
 
 
 def test_one_rehearsal_at_a_time(owner):
-    """A second one and --down are refused, and the first goes on."""
+    """A second rehearsal and --down are refused, and the first rehearsal goes on."""
     process = owner("engines")
     for second in (lambda: Rig().__enter__(), sandbox.take_down):
         with pytest.raises(
@@ -130,7 +130,7 @@ def test_one_rehearsal_at_a_time(owner):
 
 
 def test_a_kept_rehearsal_stays_until_it_is_taken_down(owner):
-    """A kept rehearsal outlives its owner, answers, and refuses the next one until --down."""
+    """A kept rehearsal outlives its owner and answers. Another rehearsal is refused until --down."""
     assert owner("kept").wait(60) == 0
     with pytest.raises(RehearsalError, match="kept up"):
         Rig().__enter__()

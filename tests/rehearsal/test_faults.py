@@ -1,4 +1,4 @@
-"""The plug pulled in the middle, on real engines: what is left, what is said, and that the words mend it."""
+"""Faults on real engines: the task names the fault, and the command in the message corrects it."""
 
 import os
 import pty
@@ -18,7 +18,7 @@ ENDINGS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
 def test_a_head_goes_with_its_terminal(sparks, terminal, number):
-    """A hang-up, SIGTERM or Ctrl-C at `inv head` leaves no container."""
+    """SIGHUP, SIGTERM or Ctrl-C at `inv head` leaves no container."""
     head = terminal(sparks[0], "head")
     head.until("Ray runtime started")
     head.end(number)
@@ -27,14 +27,14 @@ def test_a_head_goes_with_its_terminal(sparks, terminal, number):
 
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
 def test_a_worker_goes_with_its_terminal_and_the_head_stays(cluster, sparks, number):
-    """The same at `inv worker`; Ray's head has lost one node and runs on."""
+    """The same signals at `inv worker` leave no container. Ray's head loses one node and runs on."""
     cluster[1].end(number)
     assert gone(sparks[1]), containers(sparks[1])
     assert containers(sparks[0]) == "node-ray running"
 
 
 def test_what_a_killed_head_leaves_is_named_by_the_next(sparks, terminal):
-    """SIGKILL cannot be passed on: the container is left, the next head says so, and cleanup mends it."""
+    """After a SIGKILL the container stays. The next `inv head` names the container, and `inv cleanup` removes it."""
     head = terminal(sparks[0], "head")
     head.until("Ray runtime started")
     head.end(signal.SIGKILL)
@@ -49,26 +49,26 @@ def test_what_a_killed_head_leaves_is_named_by_the_next(sparks, terminal):
 
 
 def test_a_worker_on_the_heads_host_is_refused(sparks):
-    """Both ranks on one Spark: refused by the address alone."""
+    """The address alone shows that both ranks would run on one Spark."""
     done = inv(sparks[0], "worker")
     assert done.returncode != 0 and "both ranks on one Spark" in done.stderr
 
 
 def test_a_head_on_the_workers_host_is_refused(sparks):
-    """HEAD_NODE_IP is not here."""
+    """HEAD_NODE_IP is no address of the worker's host."""
     done = inv(sparks[1], "head")
     assert done.returncode != 0 and "no address of this host" in done.stderr
 
 
 def test_a_worker_without_a_head_is_refused_in_time(sparks):
-    """`ray start --address` would wait in silence."""
+    """The worker waits WAIT_HEAD_S. `ray start --address` alone would wait without a message."""
     done = inv(sparks[1], "worker", WAIT_HEAD_S="2")
     assert done.returncode != 0 and "No head answers at 10.0.0.1:6379 after 2 s" in done.stderr
     assert containers(sparks[1]) == ""
 
 
 def test_the_ports_holder_is_named(sparks):
-    """Somebody else on Ray's port: the head says who."""
+    """If another program holds Ray's port, the head names the program."""
     listen = "import socket, time; s = socket.create_server(('', 6379)); print(1, flush=True); time.sleep(60)"
     holder = sparks[0].popen("python3", "-c", listen, stdout=subprocess.PIPE)
     holder.stdout.readline()
@@ -78,13 +78,13 @@ def test_the_ports_holder_is_named(sparks):
 
 
 def test_a_missing_image_is_named(sparks):
-    """With the task that makes it."""
+    """The message has the image, and the task that builds it."""
     done = inv(sparks[0], "head", VLLM_IMAGE="local/none")
     assert done.returncode != 0 and "no image local/none (shell)" in done.stderr and "inv build-image" in done.stderr
 
 
 def test_an_engine_that_does_not_answer_is_named(sparks):
-    """With the line that starts it."""
+    """The message has the command that starts Docker."""
     done = inv(sparks[0], "head", DOCKER_HOST="unix:///nowhere.sock")
     assert done.returncode != 0 and "unix:///nowhere.sock" in done.stderr and "systemctl start docker" in done.stderr
 
@@ -93,7 +93,7 @@ def test_an_engine_that_does_not_answer_is_named(sparks):
     ("env", "told"), [({}, "missing"), ({"VLLM_CPU_KVCACHE_SPACE": "2"}, "has '2'")], ids=["missing", "different"]
 )
 def test_a_forwarded_variable_that_is_not_the_heads_is_refused(sparks, terminal, env, told):
-    """The article's trap: launch names the variable, both values, and the commands that mend it."""
+    """The message names the variable, both values, and the commands that bring the nodes up again."""
     head = terminal(sparks[0], "head", *(("--model", "rehearsal") if env else ()), **env)
     head.until("Ray runtime started")
     done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
@@ -104,7 +104,7 @@ def test_a_forwarded_variable_that_is_not_the_heads_is_refused(sparks, terminal,
 
 
 def test_too_few_nodes_are_refused(sparks, terminal):
-    """One node where TP=2: asked of Ray, not counted in a text."""
+    """One node is too few for TP=2. Ray itself is asked for its nodes."""
     head = terminal(sparks[0], "head", "--model", "rehearsal")
     head.until("Ray runtime started")
     done = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
@@ -112,7 +112,7 @@ def test_too_few_nodes_are_refused(sparks, terminal):
 
 
 def test_launch_is_refused_without_key_container_or_on_a_worker(cluster, sparks):
-    """Each with its own sentence; nothing starts."""
+    """Each refusal has a message of its own, and nothing starts."""
     for host, env, told in (
         (sparks[0], {}, "VLLM_API_KEY must be set"),
         (sparks[1], {"VLLM_API_KEY": KEY}, "This node is a worker"),
@@ -125,7 +125,7 @@ def test_launch_is_refused_without_key_container_or_on_a_worker(cluster, sparks)
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, terminal, number):
-    """Served on, log kept; `stop` ends it and Ray stays."""
+    """The server goes on serving and its log is kept. `stop` ends the server, and Ray stays up."""
     launch = terminal(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     launch.until("non-default args")
     launch.end(number)
@@ -140,7 +140,7 @@ def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, termin
 
 
 def test_ctrl_c_stops_the_server(cluster, sparks, terminal):
-    """After Ctrl-C at `launch` nothing of the server is left, on any node."""
+    """Ctrl-C at `launch` leaves no process of the server on any node."""
     launch = terminal(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     launch.until("non-default args")
     launch.end(signal.SIGINT)
@@ -149,7 +149,7 @@ def test_ctrl_c_stops_the_server(cluster, sparks, terminal):
 
 
 def test_no_secret_is_seen_anywhere(cluster, sparks, terminal):
-    """Not in argv, not in what a container started with, not in the log, not on the screen."""
+    """No command line, container environment, log or terminal shows a secret."""
     launch = terminal(
         sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, HF_TOKEN="hf-stand-in-marker"
     )
@@ -163,7 +163,7 @@ def test_no_secret_is_seen_anywhere(cluster, sparks, terminal):
 
 
 def test_cleanup_asks_a_person(sparks, terminal):
-    """Without a terminal it refuses; at one, anything but yes removes nothing; yes removes what runs, too."""
+    """Without a terminal `cleanup` refuses. Only the answer yes removes containers, even those that run."""
     head = terminal(sparks[0], "head")
     head.until("Ray runtime started")
     alone = inv(sparks[0], "cleanup")
@@ -181,7 +181,7 @@ def test_cleanup_asks_a_person(sparks, terminal):
 
 
 def test_somebody_elses_container_is_not_ours(sparks):
-    """node-exporter stays where it is; node- and digits, as the article called its own, goes."""
+    """node-exporter stays. A container named node- and digits, as in the article, is removed."""
     for name in ("node-exporter", "node-17"):
         sparks[0].run("docker", "create", "--name", name, "rehearsal/vllm-ray", "true")
     done = inv(sparks[0], "cleanup", "--yes")
@@ -191,7 +191,7 @@ def test_somebody_elses_container_is_not_ours(sparks):
 
 
 def test_a_link_that_is_down_is_left_out(rig, sparks):
-    """One cable pulled at the far end: the devices of that port are not given to NCCL."""
+    """If the switch's end of a cable is down, NCCL does not get the devices of that port."""
     for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
         rig.link_down(sparks[0], netdev)
     said = inv(sparks[0], "--dry", "head")
@@ -203,7 +203,7 @@ def test_a_link_that_is_down_is_left_out(rig, sparks):
 
 
 def test_the_worker_dies_and_health_says_so(sparks, terminal):
-    """A node that is gone is a node less, within Ray's own time."""
+    """Ray reports one node less within its own time limit."""
     _, worker = bring_up(sparks, terminal)
     worker.end(signal.SIGTERM)
     assert wait(lambda: "Ray: 1 nodes" in inv(sparks[0], "health").stderr, 60, pause=2)

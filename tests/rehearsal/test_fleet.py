@@ -1,4 +1,4 @@
-"""All nodes from one terminal: `up`, `up` again, `down`, and an `up` that fails and leaves nothing half-started."""
+"""All nodes from one terminal: `up`, a second `up`, `down`, and an `up` that fails and takes its nodes down again."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def pair(sparks, shells):
 
 
 def test_up_up_again_and_down(pair):
-    """`up` brings everything up, a second `up` leaves everything alone, and `down` removes everything and says so."""
+    """`up` brings all nodes up, a second `up` leaves them alone, and `down` removes all and names them."""
     first = up(pair[0])
     assert first.returncode == 0, first.stderr[-3000:]
     assert "Ready after" in first.stderr and "rehearsal: first request" in first.stderr
@@ -56,7 +56,7 @@ def test_up_up_again_and_down(pair):
 
 
 def test_up_with_a_worker_that_is_not_reached(pair, shells):
-    """The message has the words of ssh, the host and the command. The head that had started is removed."""
+    """The message has ssh's own words, the host and the command. The head that had started is removed."""
     shells.stop(pair[1])
     done = up(pair[0])
     assert done.returncode != 0 and "Traceback" not in done.stderr
@@ -68,7 +68,7 @@ def test_up_with_a_worker_that_is_not_reached(pair, shells):
 
 
 def test_up_with_another_version_of_the_repository_there(pair, tmp_path):
-    """One line more in a template is another version: the worker refuses, and nothing stays."""
+    """One more line in a template is another version. The worker refuses, and nothing stays up."""
     copy = tmp_path / "sparks"
     shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__"))
     (copy / ".venv").symlink_to(REPOSITORY / ".venv")
@@ -81,14 +81,14 @@ def test_up_with_another_version_of_the_repository_there(pair, tmp_path):
 
 
 def test_up_without_the_repository_there(pair):
-    """Nothing is at REPO_DIR: the message names that setting."""
+    """If REPO_DIR has no repository, the message names that setting."""
     done = up(pair[0], REPO_DIR="nowhere/sparks")
     assert done.returncode != 0 and "REPO_DIR in .env" in done.stderr
     assert [containers(host) for host in pair] == ["", ""]
 
 
 def test_up_with_no_space_left_there(pair, shells):
-    """The message has the words of the worker, its node and its command. With --keep the head stays."""
+    """The message has the worker's own words, the node and the command. With --keep the head stays up."""
     shells.start(pair[1], CACHE_DIR=FULL)
     done = up(pair[0], "--keep")
     assert done.returncode != 0 and "No space left on device" in done.stderr
@@ -145,7 +145,7 @@ def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair):
 
 
 def test_a_detached_head_is_a_head(pair):
-    """`head --detach` comes back when Ray runs, keeps a log, and leaves a running head alone."""
+    """`head --detach` returns when Ray runs, keeps a log, and leaves a head that runs alone."""
     first = inv(pair[0], "head", "--model", "rehearsal", "--detach")
     assert first.returncode == 0 and containers(pair[0]) == "node-ray running"
     container = pair[0].run("docker", "inspect", "--format", "{{.Id}}", "node-ray").stdout
@@ -162,7 +162,7 @@ def test_a_detached_head_is_a_head(pair):
 
 
 def test_a_worker_of_another_head_is_left_alone(pair):
-    """`down` removes only nodes of the head that it is typed on."""
+    """`down` removes only nodes of its own head."""
     assert inv(pair[0], "head", "--model", "rehearsal", "--detach").returncode == 0
     assert inv(pair[1], "worker", "--model", "rehearsal", "--detach").returncode == 0
     there = inv(pair[1], "down", "--here", "--head-ip", "10.0.0.9")

@@ -21,7 +21,7 @@ def bare(monkeypatch, tmp_path):
 
 
 def test_one_message_names_all_that_is_missing_and_the_line_that_installs_it(bare):
-    """Programs first, then apt-get's words, which never remove anything."""
+    """The message has the missing programs and the line for apt-get, which removes no package."""
     said = bare()
     assert "dockerd, docker, docker-init, containerd, runc, ip, debootstrap" in said
     assert said.count("apt-get install") == 1
@@ -30,7 +30,7 @@ def test_one_message_names_all_that_is_missing_and_the_line_that_installs_it(bar
 
 
 def test_dockers_own_packages_are_never_mixed_with_debians(bare):
-    """Where one of Docker's own is installed, the rest of them are what is missing."""
+    """If one package of Docker's own is installed, the missing ones are Docker's own too."""
     said = bare("containerd.io")
     assert "docker.io" not in said
     assert "docker-ce docker-ce-cli" in said
@@ -42,13 +42,13 @@ def test_dockers_own_packages_are_never_mixed_with_debians(bare):
      ({"ID": "debian"}, True), ({"ID": "ubuntu", "VERSION_ID": "24.04"}, False)],
 )  # fmt: skip
 def test_the_command_line_is_a_package_of_its_own_since_debian_13(bare, monkeypatch, system, apart):
-    """There docker.io comes without it; before, and in Ubuntu 24.04, it has it."""
+    """Since Debian 13 docker.io lacks the program docker. Older ones and Ubuntu 24.04 have it."""
     monkeypatch.setattr(needs.platform, "freedesktop_os_release", lambda: system)
     assert (" docker-cli " in bare()) == apart and (" docker-cli " in bare("containerd.io")) is False
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    """A rehearsal removes files below its folder, so it takes only an empty folder, or one of an earlier rehearsal."""
+    """A rehearsal deletes files below its folder, so the folder must be empty or from an earlier rehearsal."""
     for name in ("engines", "run", "log"):
         (tmp_path / name).mkdir()
     assert "does not belong" not in needs.missing(tmp_path) + needs.missing(tmp_path / "not there yet")
@@ -60,14 +60,14 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("folder", ["sparks", "/my sparks", "/opt/sparks", f"/{'x' * 56}", "/srv/../sparks"])
 def test_a_folder_where_no_engine_could_live_is_refused(folder):
-    """Its path becomes part of socket names and mount options, and the engines cover some of this machine's folders."""
+    """The path becomes part of socket names and mount options, and the engines cover some folders."""
     with pytest.raises(Exit, match="REHEARSAL_DIR"):
         sandbox.folder({"ENV_FILE": "", "REHEARSAL_DIR": folder})
     assert sandbox.folder({"ENV_FILE": "", "REHEARSAL_DIR": "/srv/optical"}) == Path("/srv/optical")
 
 
 def test_nothing_is_said_where_nothing_is_missing(monkeypatch, tmp_path):
-    """An empty message: the rehearsal can run."""
+    """An empty message means that the rehearsal can run."""
     monkeypatch.setattr(needs, "packages", lambda tests: {})
     monkeypatch.setattr(needs, "obstacles", lambda *_: [])
     assert needs.missing(tmp_path) == ""

@@ -1,5 +1,4 @@
-"""Two machines that disagree, on real engines. The check refuses with the cause before anything is loaded, and passes
-once the cause is mended."""
+"""Two nodes that disagree, on real engines. `check` names the cause before a load, and passes without the cause."""
 
 import json
 import signal
@@ -20,13 +19,13 @@ def check(host, *words, **env):
 
 
 def findings(host, **env) -> dict[str, str]:
-    """The refusals of `inv check --json`, the text of each by its rule."""
+    """Return the text of each refusal of `inv check --json`, by its rule."""
     told = json.loads(check(host, "--json", **env).stdout)
     return {one["rule"]: one["text"] for one in told["findings"] if one["refuses"] and one["rule"] != ALLOW}
 
 
 def joined(head, count=2) -> bool:
-    """Whether Ray has so many nodes; waits for them."""
+    """Wait for so many nodes. Return whether Ray has them."""
     return wait(lambda: f"Ray: {count} nodes" in inv(head, "health").stderr, 90, pause=1)
 
 
@@ -46,7 +45,7 @@ def head(sparks, terminal):
     ids=["missing", "different"],
 )
 def test_a_variable_of_the_worker(head, sparks, terminal, words, env, rules):
-    """The worker lacks a variable, or has another value: both values are told, and the command to type there."""
+    """The worker lacks a variable, or has another value. The refusal has both values and the next command."""
     worker = terminal(sparks[1], "worker", *words, **env)
     assert joined(head)
     found = findings(head)
@@ -65,7 +64,7 @@ def test_a_variable_of_the_worker(head, sparks, terminal, words, env, rules):
     ids=["another build", "another base"],
 )
 def test_images_of_two_builds(head, sparks, terminal, label, refused):
-    """Two builds of one base are a warning, of two bases a refusal. Both have the line that copies the head's image."""
+    """Two builds of one base are a warning, and of two bases a refusal. Each has the line that copies the image."""
     own = sparks[1].run("docker", "image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
     made = sparks[1].run("docker", "build", "--tag", IMAGE, "-", input=f"FROM {own}\nLABEL {label}\n", stdin=None)
     assert made.returncode == 0, made.stderr
@@ -81,7 +80,7 @@ def test_images_of_two_builds(head, sparks, terminal, label, refused):
 
 
 def test_two_rays_on_one_spark(head, sparks):
-    """Ray counts a second Ray on the head's machine as a node with a GPU. The check names the head's machine."""
+    """Ray counts a second Ray on the head's machine as a node with a GPU. `check` names the head's machine."""
     sparks[0].run("docker", "exec", "node-ray", "ray", "start", "--address=10.0.0.1:6379", "--node-ip-address=10.0.1.1")
     assert joined(head)
     found = findings(head)
@@ -104,6 +103,6 @@ def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
 
 
 def test_a_rule_that_nobody_has_cannot_be_allowed(sparks):
-    """A mistyped name in --allow is an error, not a rule that is never met."""
+    """A mistyped name in --allow is an error."""
     done = inv(sparks[0], "check", "--model", "rehearsal", "--allow", "memlok")
     assert done.returncode != 0 and "--allow names memlok" in done.stderr

@@ -1,4 +1,4 @@
-"""What a cluster as it should be is refused, on one that stays up: each refusal, once mended, leaves it as it was."""
+"""Refusals on a cluster that stays up. Each test removes the cause again, and leaves the cluster as it was."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def pair(rig) -> Iterator[list[Host]]:
 
 
 def test_two_nodes_that_agree(pair):
-    """Nothing is found, every fact of every node is told as JSON, and a stand-in is one GB10."""
+    """`check` finds nothing. The JSON has every fact of every node, and a stand-in has one GB10."""
     done = check(pair[0], "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -35,7 +35,7 @@ def test_two_nodes_that_agree(pair):
 
 
 def test_a_link_that_went_down(pair, rig):
-    """Down at the far end after the bring-up: the node that lost its carrier is named, and up again it passes."""
+    """The switch's end goes down after the bring-up. `check` names the node. With the link up again `check` passes."""
     rig.link_down(pair[1], "enp1s0f0np0")
     found = findings(pair[0])
     rig.link_up(pair[1], "enp1s0f0np0")
@@ -44,14 +44,14 @@ def test_a_link_that_went_down(pair, rig):
 
 
 def test_too_little_memory_before_a_load(pair):
-    """The floor is a setting, so a test can raise it: refused with the arithmetic, and nothing runs."""
+    """A high MEM_FLOOR_GIB makes the memory too small. The refusal shows the computation, and nothing runs."""
     done = inv(pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_FLOOR_GIB="999")
     assert done.returncode != 0 and "memory-floor" in done.stderr and "left for the host" in done.stderr
     assert not serving(pair[0])
 
 
 def test_too_little_memory_during_a_load(pair, terminal):
-    """The guard in the head's container ends the server, and its log says on which node and why."""
+    """The memory guard ends the server. The log names the node and the reason."""
     launch = terminal(
         pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_ABORT_GIB="999"
     )
@@ -63,7 +63,7 @@ def test_too_little_memory_during_a_load(pair, terminal):
 
 
 def test_an_option_that_the_image_does_not_know(pair):
-    """Refused by the image's own list, with where to take it out; nothing runs."""
+    """The image's list of options lacks the option. The refusal says how to remove it, and nothing runs."""
     done = inv(
         pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, SERVE_EXTRA="--swap-space 0"
     )
@@ -72,7 +72,7 @@ def test_an_option_that_the_image_does_not_know(pair):
 
 
 def test_a_probe_that_fails_is_a_refusal(pair):
-    """Ray's head stopped in its tracks: nobody can say that the nodes agree, so nothing is loaded."""
+    """Ray's head is frozen, so nobody can compare the nodes, and nothing is loaded."""
     pair[0].run("docker", "exec", "node-ray", "pkill", "-STOP", "gcs_server")
     done = inv(pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     pair[0].run("docker", "exec", "node-ray", "pkill", "-CONT", "gcs_server")

@@ -1,5 +1,7 @@
-"""The file of the reasoning parser is there whole or not at all, and its commit is named. A stand-in for the model's
-repository answers at the head's own address, so the real `hf download` fetches the file."""
+"""The file of the reasoning parser arrives whole or not at all, and its commit is printed.
+
+A small server at the head's own address stands in for the model's repository. The real `hf download` fetches the file.
+"""
 
 import shutil
 import subprocess
@@ -68,7 +70,7 @@ def repository(sparks):
 
 
 def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, sparks):
-    """The file is whole, and the commit that it came from is printed."""
+    """The file is whole, and its commit is printed."""
     repository()
     said, files = launch()
     assert f"It is here, from commit {COMMIT}." in said
@@ -76,7 +78,7 @@ def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, 
 
 
 def test_cut_off_it_is_not_there_and_no_server_starts(launch, repository, sparks):
-    """A download that breaks off is refused, with two ways to go on, and leaves no file."""
+    """A download that breaks off is refused, with two ways to go on. It leaves no file."""
     repository("cut")
     said, files = launch()
     assert "could not be fetched" in said and "Traceback" not in said

@@ -19,7 +19,7 @@ def carrier(host, cable) -> str:
 
 @pytest.mark.parametrize("cable", CABLES, ids=lambda cable: cable.netdev)
 def test_a_link_that_is_down_at_the_other_end_has_no_carrier(rig, cable):
-    """The carrier comes back when the other end is up again."""
+    """The carrier comes back when the switch's end is up again."""
     host = rig.hosts[0]
     assert carrier(host, cable) == "1"
     rig.link_down(host, cable.netdev)
@@ -39,6 +39,6 @@ def test_hosts_have_names_addresses_and_devices_of_their_own(sparks):
 
 
 def test_nothing_of_the_operator_reaches_a_host(sparks, monkeypatch):
-    """Variables of the shell that starts a rehearsal are not there for the tasks that it rehearses."""
+    """The tasks on a host do not see the variables of the shell that started the rehearsal."""
     monkeypatch.setenv("NCCL_IB_HCA", "the operator's")
     assert "NCCL_IB_HCA" not in sparks[0].run("env").stdout

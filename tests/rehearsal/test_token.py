@@ -29,7 +29,7 @@ def client(host, **env) -> str:
 
 
 def test_with_the_token_the_nodes_work_and_other_clients_are_refused(sparks, terminal, token):
-    """Both nodes join and agree. The token is in no environment. A client without it, or with another, is refused."""
+    """Both nodes join and agree. No environment has the token. Clients without it, or with another, are refused."""
     terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
     terminal(sparks[1], "worker", "--model", "rehearsal", **token[1])
     assert joined(sparks[0])
@@ -45,7 +45,7 @@ def test_with_the_token_the_nodes_work_and_other_clients_are_refused(sparks, ter
 
 
 def test_a_worker_without_it_is_refused(sparks, terminal, token):
-    """The worker's terminal names the token, and the head keeps one node."""
+    """The worker's terminal names the token, and Ray keeps only the head."""
     terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
     worker = terminal(sparks[1], "worker", "--model", "rehearsal", RAY_AUTH_TOKEN_PATH="/none")
     assert worker.process.wait(120) != 0
@@ -55,13 +55,13 @@ def test_a_worker_without_it_is_refused(sparks, terminal, token):
 
 
 def test_a_second_token_is_not_made_over_the_first(sparks, token):
-    """Every node would need the new token, so a person has to remove the old one first."""
+    """Every node would need the new token, so a person has to remove the old token first."""
     again = inv(sparks[0], "token", **token[0])
     assert again.returncode != 0 and "is there already" in again.stderr
 
 
 def test_without_a_token_the_head_says_what_is_open(sparks, terminal):
-    """Without a token the head warns, and names the task that makes one."""
+    """The head warns of the open port, and names the task that makes a token."""
     head = terminal(sparks[0], "head")
     head.until("Ray runtime started")
     assert "Ray runs code for anyone" in head.read() and "inv token" in head.read()

@@ -1,4 +1,4 @@
-"""The fabric proved between two stand-in Sparks, and a cable pulled while it is."""
+"""`check --fabric` between two stand-in Sparks, also while a cable is pulled."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def meeting(host: Host) -> bool:
 
 
 def test_the_fabric_of_stand_ins_is_gloo_with_a_rate(cluster, sparks):
-    """Two ranks have a rate, no finding, and the note that gloo proves the network only. Nothing is left of them."""
+    """Two ranks have a rate, no finding, and a note that gloo proves only the network. No process of them stays."""
     before = [host.run("docker", "diff", "node-ray").stdout for host in sparks]
     ranks = ask(sparks[0])
     assert fabric_findings(ranks) == []
@@ -46,7 +46,7 @@ def test_the_fabric_of_stand_ins_is_gloo_with_a_rate(cluster, sparks):
 
 
 def test_a_cable_pulled_in_the_middle_ends_it_in_time(rig, cluster, sparks):
-    """No rank waits for ever: each tells that it did not finish. With the cable back the fabric is proved again."""
+    """No rank waits for ever: each reports that it did not finish. With the cable back the proof succeeds."""
     asked: list[list[Rank]] = []
     start = time.monotonic()
     asking = threading.Thread(target=lambda: asked.append(ask(sparks[0])))

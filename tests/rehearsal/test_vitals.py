@@ -1,5 +1,7 @@
-"""What a running cluster tells, on one that serves: each state of `inv health` with its exit status, under load,
-frozen, without its worker; the tests follow each other on it, and the last one takes it down."""
+"""The states of `inv health` on a real cluster: serving, under load, frozen, and without its worker.
+
+The tests use one cluster in this order. The last test takes the cluster down.
+"""
 
 import json
 import signal
@@ -53,7 +55,7 @@ def freeze(host: Host, name: str) -> None:
 
 
 def test_healthy_within_five_seconds(pair):
-    """A token was generated; for a machine the same as JSON."""
+    """A token was generated. --json prints the same state."""
     start = time.monotonic()
     done = inv(pair[0], "health", "--json", **FLEET)
     assert time.monotonic() - start < 5
@@ -64,7 +66,7 @@ def test_healthy_within_five_seconds(pair):
 
 
 def test_status_is_one_screen(pair):
-    """Nodes, image, model, context, memory and its low-water mark, links, since when; and as JSON."""
+    """The screen and the JSON have nodes, image, model, context, memory now and at its lowest, links, and times."""
     done = inv(pair[0], "status", "--json", **FLEET)
     told = json.loads(done.stdout)
     assert told["state"] == "healthy" and told["server"]["model"] == "tiny" and told["server"]["context"] == 131072
@@ -77,7 +79,7 @@ def test_status_is_one_screen(pair):
 
 
 def test_a_gauge_that_dies_comes_back(pair):
-    """A node without memory kills its gauge first. Without a gauge the node would neither be guarded nor be seen."""
+    """A node without memory kills its gauge first. Without a gauge the node would not be guarded."""
     record = pair[0].cache / "node-ray/vitals.json"
 
     def gauges() -> set[str]:
@@ -97,13 +99,13 @@ def test_a_gauge_that_dies_comes_back(pair):
 
 
 def test_the_fabric_is_not_proved_while_a_server_has_the_gpus(pair):
-    """The all-reduce would wait for them: refused at once."""
+    """`check --fabric` refuses at once, because the all-reduce would wait for the GPUs."""
     done = inv(pair[0], "check", "--model", "rehearsal", "--fabric", "--allow", ALLOW, **FLEET)
     assert done.returncode != 0 and "A server runs in this container already. Type: inv stop" in done.stderr
 
 
 def test_memory_is_a_line_for_each_node(pair, terminal, tmp_path):
-    """With what each had left at its lowest, and the same as CSV; Ctrl-C ends it."""
+    """`inv memory` also prints the lowest memory of each node, and writes CSV. Ctrl-C ends it."""
     file = tmp_path / "memory.csv"
     typed = terminal(pair[0], "memory", "--csv", str(file))
     typed.until("10.0.0.2 ", 60)
@@ -116,7 +118,7 @@ def test_memory_is_a_line_for_each_node(pair, terminal, tmp_path):
 
 
 def test_logs_are_the_servers_and_the_nodes(pair):
-    """The head has both, the worker its own."""
+    """The head has the server's log and its own. The worker has its own log."""
     assert "Application startup complete" in inv(pair[0], "logs").stdout
     assert "Ray runtime started" in inv(pair[1], "logs", "--node").stdout
 
@@ -131,13 +133,13 @@ def test_logs_are_the_servers_and_the_nodes(pair):
     ids=["another key", "no key", "memory"],
 )
 def test_a_trouble_has_its_own_exit_status(pair, env, code, said):
-    """And its own words, with the next command."""
+    """Each trouble also has its own message with the next command."""
     found, line = health(pair, **env)
     assert (found, line[: len(said)]) == (code, said) and "Next: " in line
 
 
 def test_a_link_that_went_down_is_degraded(pair, rig):
-    """On the other node, too: it still serves, over what is left."""
+    """A link of the other node counts too. The server goes on serving over the other links."""
     rig.link_down(pair[1], "enp1s0f0np0")
     found = wait(lambda: health(pair)[0] == 17, 20, pause=1)
     line = health(pair)[1]
@@ -147,7 +149,7 @@ def test_a_link_that_went_down_is_degraded(pair, rig):
 
 
 def test_200_requests_at_once_while_health_is_asked_every_second(pair):
-    """None of the requests is lost, and health never says anything but healthy or busy."""
+    """No request is lost, and each `inv health` says healthy or busy."""
     client = pair[1].popen(sys.executable, CLIENT, URL, "200", env={"KEY": KEY}, stdout=subprocess.PIPE, text=True)
     states = []
     while client.poll() is None:
@@ -159,7 +161,7 @@ def test_200_requests_at_once_while_health_is_asked_every_second(pair):
 
 
 def test_a_long_prompt_is_busy_and_never_hung(pair):
-    """With a HANG_S that its prefill outlasts many times: what moves is not hung, whoever waits behind it."""
+    """The prefill takes many times HANG_S. Something moves all the time, so the state is never hung."""
     client = pair[1].popen(sys.executable, "-c", LONG, URL, env={"KEY": KEY}, stdout=subprocess.PIPE, text=True)
     time.sleep(3)
     states = []
@@ -171,7 +173,7 @@ def test_a_long_prompt_is_busy_and_never_hung(pair):
 
 
 def test_a_frozen_server_is_hung(pair):
-    """Once nothing has moved for HANG_S, and not before; thawed it is healthy."""
+    """The server is hung after HANG_S without a move, and not before. When it runs again, it is healthy."""
     freeze(pair[0], "STOP")
     try:
         assert health(pair, HANG_S="300")[0] == 10
@@ -184,7 +186,7 @@ def test_a_frozen_server_is_hung(pair):
 
 
 def test_a_launch_whose_terminal_is_closed_while_detached_serves_on(pair, terminal):
-    """Stopped it is not running; launched detached, with its terminal gone, it loads, and then serves."""
+    """After a stop the state is not running. A detached launch loads and serves without its terminal."""
     assert inv(pair[0], "stop").returncode == 0
     assert health(pair)[0] == 12
     launch = terminal(pair[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, **FLEET)
@@ -195,7 +197,7 @@ def test_a_launch_whose_terminal_is_closed_while_detached_serves_on(pair, termin
 
 
 def test_watch_sees_a_kill_and_runs_the_hook_once(pair, terminal, tmp_path):
-    """On the third machine: after WATCH_FAILURES, once, for WATCH_MAX forbids more; and no secret goes along."""
+    """After WATCH_FAILURES the hook runs, without a secret. WATCH_MAX forbids a second run."""
     seen, hook = tmp_path / "seen", tmp_path / "hook"
     hook.write_text(f"#!/bin/sh\nenv >>{seen}\n")
     hook.chmod(0o755)
@@ -212,13 +214,13 @@ def test_watch_sees_a_kill_and_runs_the_hook_once(pair, terminal, tmp_path):
 
 
 def alive(pair) -> dict[str, bool]:
-    """By address, what `inv status` tells of each node."""
+    """Return the facts of each node in `inv status --json`, by address."""
     told = json.loads(inv(pair[0], "status", "--json", **FLEET).stdout)
     return {node["address"]: node["alive"] for node in told["nodes"]}
 
 
 def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
-    """Within Ray's own time; the head's container stays until `down` removes it."""
+    """The state follows within Ray's own time limit. The head's container stays until `down` removes it."""
     words = ("launch", "--model", "rehearsal", "--detach", "--allow", ALLOW)
     assert inv(pair[0], *words, **FLEET).returncode == 0
     assert wait(lambda: health(pair)[0] == 0, 120, pause=2), health(pair)
@@ -239,7 +241,7 @@ def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
 
 
 def test_a_head_that_dies_while_it_serves_does_not_linger_elsewhere(pair):
-    """Health says that nothing runs; the worker is taken down with the same word, and up brings all of it up again."""
+    """The state is not running. `down` takes the worker down too, and `up` brings both nodes up again."""
     words = ("up", "--model", "rehearsal", "--allow", ALLOW)
     assert pair[0].run(*INV, *words, env=SHELL | FLEET, timeout=240).returncode == 0
     pair[0].run("docker", "kill", "node-ray")
