@@ -1,15 +1,15 @@
-"""A vLLM platform for stand-in Sparks: the CPU, scheduled by Ray as if it were the host's GPU."""
+"""A vLLM platform for stand-in Sparks. vLLM runs on the CPU, and Ray schedules the CPU as the host's GPU."""
 
 from vllm.platforms.cpu import CpuPlatform
 
 
 def register() -> str:
-    """vLLM's entry point: the name of the platform class."""
+    """Return the name of the platform class. This is the entry point for vLLM."""
     return f"{__name__}.StandinPlatform"
 
 
 class StandinPlatform(CpuPlatform):
-    """The CPU platform refuses Ray unless its workers ask for a resource."""
+    """The CPU platform, with the Ray resource of a worker. Without a resource vLLM refuses Ray."""
 
     ray_device_key = "GPU"
 
