@@ -57,7 +57,7 @@ def server(playing):
     return playing
 
 
-def test_one_token_is_asked_of_the_model_that_the_server_names(server):
+def test_the_model_that_the_server_names_generates_a_token(server):
     """The request has the key, the model's name and a limit of one token."""
     assert generate_token(server.url, "sk").well
     body = {"model": "a model", "prompt": "1", "max_tokens": 1}
@@ -146,8 +146,8 @@ def test_an_answers_text_is_printable(server):
     assert generate_token(server.url, None).text == "a[31mb\ufffd"
 
 
-def test_a_server_that_drips_is_given_up_in_time():
-    """The time is for the whole answer: a byte now and then does not prolong it."""
+def test_a_slow_server_is_given_up_in_time():
+    """The time limit is for the whole answer. Single bytes do not prolong it."""
     with socket.create_server(("127.0.0.1", 0)) as there:
 
         def drip() -> None:
@@ -170,7 +170,7 @@ def test_an_answer_that_breaks_off_is_none(server):
 
 
 def test_a_chunk_of_a_negative_size_is_a_failure_like_any_other():
-    """No traceback ends a watch because a proxy cannot count."""
+    """An HTTP answer with a wrong chunk size brings no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as there:
 
         def answer() -> None:
@@ -228,20 +228,20 @@ def test_metrics_of_a_new_vllm_and_an_old_one(name, server):
     assert server.asked == [("/metrics", None, None)]
 
 
-def test_what_moves_is_seen_to_move(server):
-    """Another value of a token counter or of the cache is a move; of any other sample it is none."""
+def test_only_counters_and_the_cache_move(server):
+    """A new value of a token counter or of the KV cache is a move. A new value of another sample is no move."""
     before = told(server, METRICS).moving
     assert told(server, METRICS.replace("7.0", "8.0")).moving != before
     assert told(server, METRICS.replace("2.0", "9.0").replace("55.0", "56.0")).moving == before
 
 
 def test_metrics_that_are_no_numbers_are_left_out(server):
-    """A number of requests that is none is not told to anybody."""
+    """A sample without a number is ignored."""
     for value in ("NaN", "+Inf", "many"):
         assert told(server, METRICS.replace("2.0", value)).running == 3
 
 
-def test_metrics_that_are_not_told_are_none(server):
-    """A missing page is not read as metrics."""
+def test_missing_metrics_are_none(server):
+    """A missing page does not count as metrics."""
     server.plays["/metrics"] = (404, b"vllm:num_requests_running 1.0\n")
     assert read_metrics(server.url) is None

@@ -44,14 +44,14 @@ def inspected(operator, settings):
 
 @pytest.mark.parametrize("server", [None, SimpleNamespace(alive=False)])
 def test_the_memory_of_a_model_that_does_not_fit_is_refused(inspected, server):
-    """Each node is judged, also after a server that has ended."""
+    """Each node is judged, even if a server has ended there."""
     found = inspected(server)
     assert [one.rule for one in found.findings if one.refuses] == ["memory-floor"] * 2
     assert [budget["node"] for budget in json.loads(check.as_json(found))["memory"]] == ["10.0.0.1", "10.0.0.2"]
 
 
 def test_the_memory_beside_a_server_is_not_judged(inspected):
-    """A model that is served already would count twice. The report says instead that it runs, and what is left."""
+    """The memory of the server would count twice. The report shows the server and the memory beside it."""
     found = inspected(SERVED)
     assert not found.findings and not found.budgets
     (said,) = found.said
@@ -70,28 +70,28 @@ def told(settings, capfd, allowed=()):
     return capfd.readouterr().err.splitlines(), ended
 
 
-def test_each_finding_is_told_and_the_refusals_end_it(settings, capfd):
-    """The message of the end has the words that would pass over the rules."""
+def test_each_finding_is_printed_and_refusals_raise(settings, capfd):
+    """The message at the end has the flag that would pass over the rules."""
     lines, ended = told(settings, capfd)
     assert lines == ["First.", "REFUSED mtu: It differs.", "REFUSED links: One is down.", "WARNING wrapper: Moved."]
     assert "Nothing was loaded" in ended and ended.endswith("--allow mtu,links")
 
 
-def test_a_rule_that_is_allowed_is_told_and_refuses_nothing(settings, capfd):
-    """What was passed over stands at the end, where a person sees it."""
+def test_an_allowed_rule_is_printed_and_refuses_nothing(settings, capfd):
+    """The last line names the rules that were passed over."""
     lines, ended = told(settings, capfd, ["mtu", "links"])
     assert ended is None and lines[1] == "ALLOWED mtu: It differs."
     assert lines[-1] == "PASSED OVER by --allow: mtu, links"
 
 
 def test_a_rule_that_does_not_exist_cannot_be_allowed():
-    """A slip of the pen in --allow is an error, with the names that there are."""
+    """A mistyped name in --allow is an error. The message lists all rules."""
     assert check.rule_names("mtu,links") == ["mtu", "links"] and check.rule_names(None) == []
     with pytest.raises(Exit, match="--allow names memlok; the rules are nodes, "):
         check.rule_names("mtu,memlok")
 
 
-def test_a_plan_foretells_and_refuses_nothing(operator, settings, capfd):
-    """No node was asked, so a model that would not fit on an ordinary Spark is told and not refused."""
+def test_a_plan_warns_and_refuses_nothing(operator, settings, capfd):
+    """`plan` asks no node. If a model would not fit on an ordinary Spark, `plan` says so and does not refuse."""
     check.foretell(check.foresee(settings.emptied(["MAX_MODEL_LEN"], "test")))
     assert "WOULD BE REFUSED memory-unknown: " in capfd.readouterr().err

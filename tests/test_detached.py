@@ -58,7 +58,7 @@ def test_a_node_that_takes_too_long_is_ended(start, monkeypatch):
 
 
 def test_an_interrupted_start_leaves_no_node(start, monkeypatch):
-    """After a Ctrl-C or a lost terminal the start is ended, because nobody would know of the node."""
+    """After Ctrl-C or a lost terminal the start is ended, so that no node stays that nobody knows."""
 
     def lost(_):
         raise SystemExit(129)
@@ -70,7 +70,7 @@ def test_an_interrupted_start_leaves_no_node(start, monkeypatch):
 
 
 def test_a_node_whose_container_cannot_be_found_is_ended(start, monkeypatch):
-    """Without its id nobody could take the node down."""
+    """Without the container's id nobody could take the node down."""
 
     def unreachable():
         raise Exit("Docker cannot be reached")
@@ -109,7 +109,7 @@ def test_a_node_that_runs_already_is_compared(image, differs, monkeypatch):
         assert node.runs_already(CONTAINER)
 
 
-def test_a_node_that_does_not_run_does_not_run_already(monkeypatch):
-    """The guard decides about a container that is left."""
+def test_a_stopped_node_is_left_to_the_guard(monkeypatch):
+    """The guard decides about a container that does not run."""
     monkeypatch.setattr(engine, "node_container", lambda: SimpleNamespace(status="exited"))
     assert not node.runs_already(CONTAINER)

@@ -85,8 +85,8 @@ spark-1:9:14 [0] NCCL INFO transport/net_ib.cc:1432 -> 2
     ],
     ids=["2.18", "plugin", "named plugin", "2.27", "one card", "sockets", "no offer", "one host", "silence"],
 )
-def test_the_log_says_what_the_channels_went_over(log, names, devices):
-    """Only the channels count, whatever the version calls the transport: an offer alone is no choice."""
+def test_the_transport_is_read_from_the_channels(log, names, devices):
+    """Only the lines about channels count. An offered transport is not a chosen one."""
     assert read_log(log) == (names, devices)
 
 
@@ -100,7 +100,7 @@ def test_a_healthy_fabric_has_a_rate_and_no_finding():
 
 
 def test_tcp_where_rdma_was_asked_for_is_refused():
-    """Each rank has a sentence with the devices that it was told and the transport that it chose."""
+    """For each rank the text names the devices that were set, and the transport that was used."""
     ranks = tuple(replace(each, **TCP) for each in (HEAD, WORKER))
     first, second = fabric_findings(ranks)
     assert first.refuses and first.rule == "fabric"
@@ -144,8 +144,8 @@ def test_a_device_that_was_listed_and_not_used_is_a_warning(hca, used, idle):
     assert all(f"and not {', '.join(idle)}" in each.text for each in found)
 
 
-def test_gloo_is_told_for_what_it_is():
-    """Without CUDA there is a rate, a note, and no failure, though RDMA was asked for."""
+def test_gloo_is_named():
+    """Without CUDA there is a rate, a note and no failure, even if RDMA was wanted."""
     network = {"GLOO_SOCKET_IFNAME": "enp1s0f1np1", "NCCL_IB_HCA": TWO}
     gloo = {"backend": "gloo", "cuda": False, "size": 2**25, "environment": network, **NONE}
     ranks = (replace(HEAD, **gloo), replace(WORKER, **gloo))

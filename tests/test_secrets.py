@@ -57,7 +57,7 @@ def test_a_malformed_secret_is_not_shown(name, broken, inv):
 
 @pytest.mark.parametrize("line", [f"VLLM_API_KEY: {KEY}", f'VLLM_API_KEY="{KEY}', KEY, f"{KEY} {HF}"])
 def test_a_malformed_line_of_dotenv_is_not_shown(line, inv, env_file):
-    """A line that cannot be read may hold a part of a secret."""
+    """The message does not show the line, because the line may hold a part of a secret."""
     env_file.write_text(f"{line}\n")
     said = inv("--dry launch --model nemotron")
     assert said.code and said.out == "" and "marker7" not in said.err
