@@ -79,7 +79,7 @@ def test_a_value_is_one_word_wherever_it_stands(value, written):
 
 
 def test_text_is_what_bash_reads_back():
-    """The text of a command, pasted, is the same words: one flag per line, continued with a backslash."""
+    """bash reads the pasted text as the same words. Each flag has its own line, which ends with a backslash."""
     lines = (("printf", "%s\\0"), ("a b", "$HOME"), ("`id`",), ("\\",), ("'",), ("",))
     done = subprocess.run(["bash"], input=Command(lines).text, capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[:-1] == words_of(lines)[2:]
@@ -118,7 +118,7 @@ def _sh(text: str) -> Command:
 
 
 def test_become_is_the_program():
-    """The process id, standard output and exit status are the program's own, and it ignores no signal."""
+    """The process id, standard output and exit status are those of the program. It ignores no signal."""
     text = "echo $$; sh -c 'kill -PIPE $$'; echo $?; exit 7"
     with _child(lambda: (tell("before"), become(_sh(text)))) as child:
         assert child.out.read() == f"before\n{child.pid}\n{128 + signal.SIGPIPE}\n"
@@ -126,8 +126,8 @@ def test_become_is_the_program():
         assert child.status() == 7
 
 
-def test_become_refuses_what_is_not_there(monkeypatch):
-    """A program that is not on the PATH brings a sentence."""
+def test_become_refuses_a_missing_program(monkeypatch):
+    """A program that is not on the PATH brings a message."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # a folder on it that cannot be read would be another sentence
     before = signal.getsignal(signal.SIGPIPE)
     with pytest.raises(Exit, match=r"no-such-program cannot be started: No such file or directory\."):
@@ -319,7 +319,7 @@ def heard():
 
 
 def test_held_signals_count_once_at_the_end(heard):
-    """After the block, or its failure, the first held signal goes to the handler of before."""
+    """After the block, or after its failure, the earlier handler gets the first held signal."""
 
     def cut():
         with held():
@@ -336,7 +336,7 @@ def test_held_signals_count_once_at_the_end(heard):
 
 
 def test_an_ignored_signal_stays_ignored(heard):
-    """Under `nohup` SIGHUP is ignored: it is not held, and a child ignores it too."""
+    """Under `nohup` SIGHUP is ignored. It is not held, and a child ignores SIGHUP too."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with held():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -411,7 +411,7 @@ def test_a_log_that_cannot_be_written_is_named(detached):
 
 
 def test_a_detached_command_pastes_as_it_is(detached):
-    """The printed text starts the same in bash: session, log, variables. bash goes on at once."""
+    """In bash the printed text starts the same session, log and variables. bash does not wait for it."""
     assert detached.text.splitlines()[-1].endswith("1 &") and detached.words == list(GREETS) == words_of(detached.lines)
     subprocess.run(["bash"], input=f"{detached.text}\nwait\n", text=True, check=True)
     assert detached.log.read_text() == "it's two  words\n"

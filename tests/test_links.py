@@ -50,8 +50,8 @@ def test_all_links_up(head):
         ((*PORT_0, UP[1]), ["Note: port f0 is down", f"Warning: {UP[1]} is down"]),
     ],
 )
-def test_what_is_down_is_said_and_not_used(down, said, head):
-    """A port that is down is a note, half a port a warning. Neither is used, because it can stall NCCL."""
+def test_links_that_are_down_are_named_and_not_used(down, said, head):
+    """A port that is down is a note, half a port a warning. NCCL gets neither, because it could stall."""
     env, remarks, _ = head(tree={"down": down})
     up = set(UP) - set(down)
     _uses(env, up, {HCAS[netdev] for netdev in up})
@@ -62,14 +62,14 @@ def test_what_is_down_is_said_and_not_used(down, said, head):
     ("task", "tree"), [("head", {"devices": ()}), ("head --model nemotron", {"down": UP}), ("worker", {"down": UP})]
 )
 def test_no_link_at_all_is_refused(task, tree, inv, sysfs):
-    """Without any link two nodes would be very slow: refused, with the cold boot, and how to use TCP on purpose."""
+    """Without a link two nodes would be very slow. The message has the cold boot, and the setting for TCP."""
     said = inv(f"--dry {task}", SYSFS=str(sysfs(**tree)))
     assert said.code and said.out == ""
     assert "No data-plane link is up" in said.err and "cold boot" in said.err and "RDMA_HCAS=" in said.err
 
 
 def test_a_model_for_one_node_needs_no_link(head):
-    """A model whose TP times PP is one needs no other node: it is not refused, and NCCL's RDMA is off."""
+    """A model with one rank needs no other node. It is not refused, and NCCL's RDMA is off."""
     env, _, said = head("--model qwen-30b", {"down": UP}, TP_SIZE="1")
     assert said.code == 0 and env["NCCL_IB_DISABLE"] == "1" and "NCCL_IB_HCA" not in env
 

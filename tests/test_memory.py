@@ -134,7 +134,7 @@ def test_every_rank_has_one_head_at_least():
 
 
 def test_the_readings_of_a_real_start():
-    """35.1 and 37.87 GiB of weights, 20.01 and 15.29 GiB of cache, within what the allowances are rounded to."""
+    """The computed weights and cache are those of a real start (35.1 and 37.87, 20.01 and 15.29 GiB), rounded."""
     plain, drafted = budget(node=H100), budget(MTP, H100)
     assert [one.weights / GIB for one in (plain, drafted)] == pytest.approx([35.1, 37.87], abs=0.01)
     assert [one.cache / GIB for one in (plain, drafted)] == pytest.approx([20.01, 15.29], abs=0.15)
@@ -242,7 +242,7 @@ def test_the_utilization_that_spares_the_host():
 
 @pytest.mark.parametrize("sizes", [(None, 1), (1, None), (None, None), (0, 0)])
 def test_unknown_memory_is_refused(sizes):
-    """A node that did not say how much memory it has is not a node with enough."""
+    """A node that reports no memory does not count as a node with enough memory."""
     node = NodeMemory("x", *sizes)
     assert rules(node=node) == ["MEMORY-UNKNOWN"]
     assert ("left for the host", "unknown") in budget_rows(budget(node=node)) or node.total == 0

@@ -44,7 +44,7 @@ def auto(name, image, env=None, **shell):
 
 
 def test_the_fallback_to_25_11_comes_out_by_itself():
-    """On vLLM 0.11.0 auto drops what the article drops by hand and nothing else, so the lines are the same."""
+    """On vLLM 0.11.0 auto drops exactly the options that the article drops by hand."""
     asked, by_hand = auto("nemotron", "0.11.0"), Asked("nemotron", "0.11.0", **FALLBACK)
     assert asked.emptied == FALLBACK.keys() and not asked.findings and not by_hand.findings
     assert asked.words == by_hand.words
@@ -54,7 +54,7 @@ def test_the_fallback_to_25_11_comes_out_by_itself():
 
 
 def test_by_default_each_is_refused_with_its_knob():
-    """Without auto nothing is dropped. Every option has a sentence, and the knob to type."""
+    """Without auto nothing is dropped. The message has a sentence for each option, and the knob to type."""
     asked = Asked("nemotron", "0.11.0")
     texts = [finding.text for finding in asked.findings]
     assert asked.emptied == set() and len(texts) == 5

@@ -93,7 +93,7 @@ def test_the_wrapper_has_every_flag_of_the_article(both):
 
 
 def test_the_sha256_is_of_the_words_that_travel(both):
-    """In a container each of the two variables can be checked by the other."""
+    """The container gets the words and their sha256, so each can be checked by the other."""
     exported = _exported(both("--model nemotron")[0])
     assert hashlib.sha256(exported["NODE_RAY_WRAPPER"].encode()).hexdigest() == exported["NODE_RAY_WRAPPER_SHA256"]
 

@@ -199,7 +199,7 @@ def test_nothing_in_invokes_own_environment_changes_the_text(inv, real_run):
 
 
 def test_stop_gives_the_container_the_script(stubs, pasted, inv, operator, tmp_path):
-    """A container of an earlier version does not have serve.sh, so it comes through standard input, pasted or run."""
+    """A container of an earlier version lacks serve.sh, so bash there reads the script from standard input."""
     (stubs / "docker").write_text(f"#!/bin/sh\ncat >>{tmp_path}/given\n")
     operator.setattr("cluster.guards.before_stop", lambda: None)
     pasted(inv("--dry stop").out)
