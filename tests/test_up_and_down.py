@@ -136,8 +136,9 @@ def site(operator, tmp_path):
     ):
         operator.setattr(module, name, stub)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
-    # Under nohup SIGHUP is inherited as ignored.
+    # Under nohup SIGHUP is inherited as ignored, and behind & SIGINT.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield made
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -269,9 +270,9 @@ def test_ctrl_c_waits_for_the_workers(site):
     """`up` must know which workers it has started before it takes them down. A second Ctrl-C changes nothing."""
 
     def pressed():
-        time.sleep(0.02)  # until they are waited for
+        time.sleep(0.1)  # until they are waited for
         os.kill(os.getpid(), signal.SIGINT)
-        until = time.monotonic() + 2
+        until = time.monotonic() + 10
         while signal.getsignal(signal.SIGINT) != signal.SIG_IGN and time.monotonic() < until:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
