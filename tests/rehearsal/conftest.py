@@ -14,6 +14,11 @@ from rehearsal.hosts import Host
 from rehearsal.rig import Rig
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that share the session's rig last: while it is up, no other rehearsal can run."""
+    items.sort(key=lambda item: "rig" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
     """Stand-in Sparks, each with the image. Where no rehearsal can run, the tests are skipped; in CI they fail."""
@@ -53,7 +58,7 @@ class Standing:
         for host in self.hosts:
             host.run("docker", "rm", "--force", "node-ray")
         for terminal in self.terminals:
-            terminal.process.wait(30)
+            terminal.process.wait(60)
         self.terminals = []
 
     def _whole(self) -> bool:

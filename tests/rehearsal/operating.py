@@ -31,12 +31,12 @@ class Terminal:
         self.said += (self.process.stdout.read() or b"").decode(errors="replace")
         return self.said
 
-    def until(self, text: str, seconds: float = 60) -> None:
+    def until(self, text: str, seconds: float = 120) -> None:
         """Wait until the text is in the output."""
         assert wait(lambda: text in self.read() or self.process.poll() is not None, seconds), self.said
         assert text in self.read(), self.said
 
-    def end(self, number: signal.Signals, seconds: float = 60) -> int:
+    def end(self, number: signal.Signals, seconds: float = 120) -> int:
         """Send a signal to the task's own process, wait until it has ended, and return its exit status."""
         self.process.send_signal(number)
         status = self.process.wait(seconds)
@@ -49,7 +49,7 @@ def bring_up(sparks: list[Host], terminal: Callable[..., Terminal], **env: str) 
     head, *workers = sparks
     opened = [terminal(head, "head", "--model", "rehearsal", **env)]
     opened += [terminal(worker, "worker", "--model", "rehearsal") for worker in workers]
-    assert wait(lambda: joined(sparks), 90, pause=1), [one.read() for one in opened]
+    assert wait(lambda: joined(sparks), 180, pause=1), [one.read() for one in opened]
     return opened
 
 
@@ -68,7 +68,7 @@ def containers(host: Host) -> str:
     return host.run("docker", "ps", "--all", "--format", "{{.Names}} {{.State}}").stdout.strip()
 
 
-def gone(host: Host, seconds: float = 20) -> bool:
+def gone(host: Host, seconds: float = 60) -> bool:
     """Whether the host's last container goes within so many seconds."""
     return wait(lambda: not containers(host), seconds)
 

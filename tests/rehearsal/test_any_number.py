@@ -1,4 +1,4 @@
-"""Four stand-in Sparks work like two. This test runs before those that share a rig, because a machine has one rig."""
+"""Four stand-in Sparks work like two."""
 
 import os
 

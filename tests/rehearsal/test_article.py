@@ -1,4 +1,4 @@
-"""`inv rehearse` as a user types it. These tests run before those that share a rig: a machine has one rig."""
+"""`inv rehearse` as a user types it."""
 
 import os
 import re

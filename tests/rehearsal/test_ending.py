@@ -1,4 +1,4 @@
-"""A rehearsal leaves nothing, however it ends. These tests run before those that share a rig."""
+"""A rehearsal leaves nothing, however it ends."""
 
 import os
 import signal
@@ -101,8 +101,8 @@ def test_a_signal_takes_everything_down(owner, moment, number):
     process = owner(moment)
     for _ in range(2):
         os.killpg(process.pid, number)
-    assert process.wait(60) != 0
-    assert wait(lambda: left() == [], 10), left()
+    assert process.wait(120) != 0
+    assert wait(lambda: left() == [], 30), left()
 
 
 @pytest.mark.parametrize("moment", ["namespaces", "container"])
@@ -110,10 +110,10 @@ def test_after_sigkill_only_names_are_left_and_the_next_run_sweeps_them(owner, m
     """Engines and containers end with a killed owner. The next rehearsal starts, and leaves nothing."""
     process = owner(moment)
     process.kill()
-    assert wait(lambda: not processes(), 10), processes()
+    assert wait(lambda: not processes(), 30), processes()
     with Rig(say=lambda _: None) as rig:
         assert rig.builder.docker("ps", "--all", "--quiet") == ""
-    assert wait(lambda: left() == [], 10), left()
+    assert wait(lambda: left() == [], 30), left()
 
 
 def test_one_rehearsal_at_a_time(owner):
@@ -126,15 +126,15 @@ def test_one_rehearsal_at_a_time(owner):
             second()
     assert process.poll() is None
     process.terminate()
-    process.wait(60)
+    process.wait(120)
 
 
 def test_a_kept_rehearsal_stays_until_it_is_taken_down(owner):
     """A kept rehearsal outlives its owner and answers. Another rehearsal is refused until --down."""
-    assert owner("kept").wait(60) == 0
+    assert owner("kept").wait(120) == 0
     with pytest.raises(RehearsalError, match="kept up"):
         Rig().__enter__()
     assert Rig().hosts[1].run("docker", "info", "--format", "{{.Name}}").stdout.strip() == "spark-2"
     assert sandbox.take_down()
-    assert wait(lambda: left() == [], 10), left()
+    assert wait(lambda: left() == [], 30), left()
     assert not sandbox.take_down()

@@ -51,7 +51,7 @@ def test_what_a_killed_head_leaves_is_named_by_the_next(sparks, terminal):
 def test_a_worker_on_the_heads_host_is_refused(sparks):
     """The address alone shows that both ranks would run on one Spark."""
     done = inv(sparks[0], "worker")
-    assert done.returncode != 0 and "both ranks on one Spark" in done.stderr
+    assert done.returncode != 0 and "both ranks would share one Spark" in done.stderr
 
 
 def test_a_head_on_the_workers_host_is_refused(sparks):
@@ -131,11 +131,15 @@ def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, termin
     launch.end(number)
     log = sparks[0].cache / "node-ray/serve.log"
     assert settled(lambda: serving(sparks[0])) and "non-default args" in log.read_text()
+    if number != signal.SIGHUP:  # the rest does not depend on the signal, so it is looked at once
+        assert inv(sparks[0], "stop").returncode == 0 and not serving(sparks[0])
+        return
     second = inv(sparks[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     assert second.returncode != 0 and "inv stop" in second.stderr
     assert inv(sparks[0], "stop").returncode == 0
     assert not serving(sparks[0])
-    assert "Ray: 2 nodes" in inv(sparks[0], "health").stderr
+    health = inv(sparks[0], "health")
+    assert health.returncode == 12 and "Ray: 2 nodes" in health.stderr
     assert inv(sparks[0], "stop").returncode != 0, "there was nothing left to stop"
 
 
@@ -177,7 +181,7 @@ def test_cleanup_asks_a_person(sparks, terminal):
         os.close(ours)
         os.close(theirs)
         assert containers(sparks[0]) == left
-    assert head.process.wait(20) != 0
+    assert head.process.wait(60) != 0
 
 
 def test_somebody_elses_container_is_not_ours(sparks):
@@ -194,16 +198,16 @@ def test_a_link_that_is_down_is_left_out(rig, sparks):
     """If the switch's end of a cable is down, NCCL does not get the devices of that port."""
     for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
         rig.link_down(sparks[0], netdev)
+    assert wait(lambda: "port f0 is down" in inv(sparks[0], "--dry", "head").stderr, 20)
     said = inv(sparks[0], "--dry", "head")
     for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
         rig.link_up(sparks[0], netdev)
-    assert "port f0 is down" in said.stderr
     assert "export NCCL_IB_HCA=rocep1s0f1,roceP2p1s0f1\n" in said.stdout
-    assert wait(lambda: "rocep1s0f0" in inv(sparks[0], "--dry", "head").stdout, 10)
+    assert wait(lambda: "rocep1s0f0" in inv(sparks[0], "--dry", "head").stdout, 20)
 
 
 def test_the_worker_dies_and_health_says_so(sparks, terminal):
     """Ray reports one node less within its own time limit."""
     _, worker = bring_up(sparks, terminal)
     worker.end(signal.SIGTERM)
-    assert wait(lambda: "Ray: 1 nodes" in inv(sparks[0], "health").stderr, 60, pause=2)
+    assert wait(lambda: "Ray: 1 nodes" in inv(sparks[0], "health").stderr, 120, pause=2)

@@ -14,17 +14,18 @@ from shells import FULL
 
 from rehearsal.flow import ALLOW
 from rehearsal.hosts import INV, Host
-from rehearsal.shell import wait
 
 pytestmark = pytest.mark.rehearsal
 REPOSITORY = Path(__file__).resolve().parents[2]
 UP = ("up", "--model", "rehearsal", "--allow", ALLOW)
 FLEET = {"VLLM_API_KEY": KEY, "WORKER_HOSTS": "spark-2"}
+# The progress of a load begins with the model's name. A terminal that draws now and then may miss any one phase.
+LOADS = "rehearsal: "
 
 
 def up(host: Host, *words: str, **env: str):
     """Type `inv up` on the head."""
-    return host.run(*INV, *UP, *words, env=SHELL | FLEET | env, timeout=240)
+    return host.run(*INV, *UP, *words, env=SHELL | FLEET | env, timeout=400)
 
 
 @pytest.fixture
@@ -109,8 +110,8 @@ def test_up_needs_as_many_workers_as_the_model(pair):
 def test_ctrl_c_at_up_takes_down_what_it_started(pair, terminal):
     """Ctrl-C in the middle of a load leaves no container on any node."""
     typed = terminal(pair[0], *UP, **FLEET)
-    typed.until("rehearsal: ranks", 90)
-    typed.end(signal.SIGINT, 60)
+    typed.until(LOADS, 180)
+    typed.end(signal.SIGINT)
     assert gone(pair[0]) and gone(pair[1]), typed.said
     assert "taken down again" in typed.said and "Traceback" not in typed.said
 
@@ -131,12 +132,12 @@ def test_a_terminal_lost_while_it_loads_leaves_it_loading(pair):
         *TYPED, *UP, env=SHELL | FLEET, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
-    said = seen(ours, "rehearsal: ranks", 90)
+    said = seen(ours, LOADS, 180)
     second = up(pair[0])
     assert second.returncode != 0 and "Another inv up runs on this head" in second.stderr
     os.close(ours)
     typed.send_signal(signal.SIGHUP)
-    assert typed.wait(60) == 128 + signal.SIGHUP, said
+    assert typed.wait(120) == 128 + signal.SIGHUP, said
     assert settled(lambda: serving(pair[0])), said
     again = up(pair[0])
     assert again.returncode == 0 and "Ready after" in again.stderr, again.stderr[-2000:]
@@ -156,7 +157,7 @@ def test_a_detached_head_is_a_head(pair):
     assert other.returncode != 0 and "started with another NODE_RAY_WRAPPER" in other.stderr
     assert "Ray runtime started" in inv(pair[0], "logs", "--node").stdout
     assert inv(pair[0], "down", "--here").returncode == 0
-    assert wait(lambda: not containers(pair[0]), 10)
+    assert gone(pair[0])
     assert "Ray runtime started" in inv(pair[0], "logs", "--node").stdout, "the log outlives the node"
     assert "There is no" in inv(pair[1], "logs").stderr
 

@@ -2,11 +2,13 @@
 
 import json
 import signal
+from collections.abc import Callable, Iterator
 
 import pytest
-from operating import containers, inv
+from operating import Terminal, containers, inv
 
 from rehearsal.flow import ALLOW, IMAGE
+from rehearsal.hosts import Host
 from rehearsal.sandbox import child
 from rehearsal.shell import run, wait
 
@@ -26,14 +28,25 @@ def findings(host, **env) -> dict[str, str]:
 
 def joined(head, count=2) -> bool:
     """Wait for so many nodes. Return whether Ray has them."""
-    return wait(lambda: f"Ray: {count} nodes" in inv(head, "health").stderr, 90, pause=1)
+    return wait(lambda: f"Ray: {count} nodes" in inv(head, "health").stderr, 180, pause=1)
+
+
+@pytest.fixture(scope="module")
+def head(rig) -> Iterator[Host]:
+    """The head, up for the tiny model. It stays from test to test, and each test brings a worker of its own."""
+    typed = Terminal(rig.hosts[0], "head", "--model", "rehearsal")
+    typed.until("Ray runtime started")
+    yield rig.hosts[0]
+    rig.hosts[0].run("docker", "rm", "--force", "node-ray")
+    typed.process.wait(60)
 
 
 @pytest.fixture
-def head(sparks, terminal):
-    """The head, up for the tiny model."""
-    terminal(sparks[0], "head", "--model", "rehearsal").until("Ray runtime started")
-    return sparks[0]
+def worker(rig, head, terminal) -> Iterator[Callable[..., Terminal]]:
+    """Types `inv worker` on the other host. Afterwards the head is alone again."""
+    yield lambda *words, **env: terminal(rig.hosts[1], "worker", *words, **env)
+    rig.hosts[1].run("docker", "stop", "node-ray")
+    assert joined(head, 1)
 
 
 @pytest.mark.parametrize(
@@ -44,18 +57,18 @@ def head(sparks, terminal):
     ],
     ids=["missing", "different"],
 )
-def test_a_variable_of_the_worker(head, sparks, terminal, words, env, rules):
+def test_a_variable_of_the_worker(head, worker, words, env, rules):
     """The worker lacks a variable, or has another value. The refusal has both values and the next command."""
-    worker = terminal(sparks[1], "worker", *words, **env)
+    typed = worker(*words, **env)
     assert joined(head)
     found = findings(head)
     assert set(found) == rules
     value = env.get("VLLM_CPU_KVCACHE_SPACE", "none")
     assert f"10.0.0.1 has 1, 10.0.0.2 has {value}" in found["variables"]
     assert "inv worker --model rehearsal" in found["variables"]
-    worker.end(signal.SIGTERM)
-    terminal(sparks[1], "worker", "--model", "rehearsal")
-    assert wait(lambda: check(head).returncode == 0, 90, pause=2)
+    typed.end(signal.SIGTERM)
+    worker("--model", "rehearsal")
+    assert wait(lambda: check(head).returncode == 0, 180, pause=2)
 
 
 @pytest.mark.parametrize(
@@ -63,46 +76,49 @@ def test_a_variable_of_the_worker(head, sparks, terminal, words, env, rules):
     [("other=1", False), ("org.opencontainers.image.base.digest=sha256:other", True)],
     ids=["another build", "another base"],
 )
-def test_images_of_two_builds(head, sparks, terminal, label, refused):
+def test_images_of_two_builds(rig, head, worker, label, refused):
     """Two builds of one base are a warning, and of two bases a refusal. Each has the line that copies the image."""
-    own = sparks[1].run("docker", "image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
-    made = sparks[1].run("docker", "build", "--tag", IMAGE, "-", input=f"FROM {own}\nLABEL {label}\n", stdin=None)
+    there = rig.hosts[1]
+    own = there.run("docker", "image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
+    made = there.run("docker", "build", "--tag", IMAGE, "-", input=f"FROM {own}\nLABEL {label}\n", stdin=None)
     assert made.returncode == 0, made.stderr
     try:
-        worker = terminal(sparks[1], "worker", "--model", "rehearsal")
+        worker("--model", "rehearsal")
         assert joined(head)
         done = check(head)
         assert (done.returncode != 0) == refused
         assert f"docker save {IMAGE} | ssh 10.0.0.2 docker load" in done.stderr
-        worker.end(signal.SIGTERM)
     finally:
-        sparks[1].run("docker", "tag", own, IMAGE)
+        there.run("docker", "tag", own, IMAGE)
 
 
-def test_two_rays_on_one_spark(head, sparks):
-    """Ray counts a second Ray on the head's machine as a node with a GPU. `check` names the head's machine."""
-    sparks[0].run("docker", "exec", "node-ray", "ray", "start", "--address=10.0.0.1:6379", "--node-ip-address=10.0.1.1")
-    assert joined(head)
-    found = findings(head)
-    assert "10.0.1.1 was started on the head's own machine" in found["hosts"]
-
-
-def test_no_rdma_device_on_the_worker(head, rig, sparks, terminal):
+def test_no_rdma_device_on_the_worker(rig, head, worker):
     """Docker refuses a device that does not exist, and the worker's terminal shows its name."""
+    there = rig.hosts[1]
     inside = child(child(rig.processes["spark-2"].pid))
     run("nsenter", "--target", str(inside), "--mount", "rm", "-r", "/dev/infiniband")
     try:
-        worker = terminal(sparks[1], "worker", "--model", "rehearsal")
-        assert worker.process.wait(60) != 0
-        assert "/dev/infiniband" in worker.read() and containers(sparks[1]) == ""
+        typed = worker("--model", "rehearsal")
+        assert typed.process.wait(120) != 0
+        assert "/dev/infiniband" in typed.read() and containers(there) == ""
     finally:
-        rig.power_off(sparks[1])
-        rig.power_on(sparks[1])
-    terminal(sparks[1], "worker", "--model", "rehearsal")
-    assert wait(lambda: check(head).returncode == 0, 90, pause=2)
+        rig.power_off(there)
+        rig.power_on(there)
+    worker("--model", "rehearsal")
+    assert wait(lambda: check(head).returncode == 0, 180, pause=2)
 
 
-def test_a_rule_that_nobody_has_cannot_be_allowed(sparks):
+def test_two_rays_on_one_spark(head):
+    """Ray counts a second Ray on the head's machine as a node with a GPU. `check` names the head's machine.
+
+    The second Ray ends with the head, so this is the head's last test.
+    """
+    head.run("docker", "exec", "node-ray", "ray", "start", "--address=10.0.0.1:6379", "--node-ip-address=10.0.1.1")
+    assert joined(head)
+    assert "10.0.1.1 was started on the head's own machine" in findings(head)["hosts"]
+
+
+def test_a_rule_that_nobody_has_cannot_be_allowed(rig):
     """A mistyped name in --allow is an error."""
-    done = inv(sparks[0], "check", "--model", "rehearsal", "--allow", "memlok")
+    done = inv(rig.hosts[0], "check", "--model", "rehearsal", "--allow", "memlok")
     assert done.returncode != 0 and "--allow names memlok" in done.stderr

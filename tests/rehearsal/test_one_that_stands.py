@@ -1,6 +1,7 @@
 """Refusals on a cluster that stays up. Each test removes the cause again, and leaves the cluster as it was."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,7 @@ def pair(rig) -> Iterator[list[Host]]:
     yield rig.hosts
     for host, terminal in zip(rig.hosts, opened, strict=True):
         host.run("docker", "rm", "--force", "node-ray")
-        terminal.process.wait(20)
+        terminal.process.wait(60)
 
 
 def test_two_nodes_that_agree(pair):
@@ -37,10 +38,11 @@ def test_two_nodes_that_agree(pair):
 def test_a_link_that_went_down(pair, rig):
     """The switch's end goes down after the bring-up. `check` names the node. With the link up again `check` passes."""
     rig.link_down(pair[1], "enp1s0f0np0")
+    assert wait(lambda: "links" in findings(pair[0]), 20, pause=1)
     found = findings(pair[0])
     rig.link_up(pair[1], "enp1s0f0np0")
     assert set(found) == {"links"} and "10.0.0.2: enp1s0f0np0 is down" in found["links"]
-    assert wait(lambda: check(pair[0]).returncode == 0, 20, pause=1)
+    assert wait(lambda: check(pair[0]).returncode == 0, 60, pause=1)
 
 
 def test_too_little_memory_before_a_load(pair):
@@ -55,11 +57,14 @@ def test_too_little_memory_during_a_load(pair, terminal):
     launch = terminal(
         pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_ABORT_GIB="999"
     )
-    launch.until("less than MEM_ABORT_GIB (999): ending the server", 90)
-    assert launch.process.wait(60) != 0
+    launch.until("less than MEM_ABORT_GIB (999): ending the server")
+    assert launch.process.wait(120) != 0
     assert not serving(pair[0])
-    lows = json.loads((pair[0].cache / "node-ray/memory-low.json").read_text())
-    assert sorted(lows) == ["10.0.0.1", "10.0.0.2"]
+    starved = re.search(r"memory guard: (\S+) has [\d.]+ GiB left, less", launch.read())
+    assert starved and starved[1] in {host.address for host in pair}
+    # The low is written after the server has ended, and a node that has not answered yet has none.
+    file = pair[0].cache / "node-ray/memory-low.json"
+    assert wait(lambda: file.exists() and starved[1] in json.loads(file.read_text()), 30)
 
 
 def test_an_option_that_the_image_does_not_know(pair):
@@ -77,4 +82,4 @@ def test_a_probe_that_fails_is_a_refusal(pair):
     done = inv(pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY)
     pair[0].run("docker", "exec", "node-ray", "pkill", "-CONT", "gcs_server")
     assert done.returncode != 0 and "Traceback" not in done.stderr and not serving(pair[0])
-    assert wait(lambda: check(pair[0]).returncode == 0, 60, pause=2)
+    assert wait(lambda: check(pair[0]).returncode == 0, 120, pause=2)

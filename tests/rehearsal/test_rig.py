@@ -23,9 +23,9 @@ def test_a_link_that_is_down_at_the_other_end_has_no_carrier(rig, cable):
     host = rig.hosts[0]
     assert carrier(host, cable) == "1"
     rig.link_down(host, cable.netdev)
-    assert wait(lambda: carrier(host, cable) == "0", 5)
+    assert wait(lambda: carrier(host, cable) == "0", 20)
     rig.link_up(host, cable.netdev)
-    assert wait(lambda: carrier(host, cable) == "1", 5)
+    assert wait(lambda: carrier(host, cable) == "1", 20)
 
 
 def test_hosts_have_names_addresses_and_devices_of_their_own(sparks):

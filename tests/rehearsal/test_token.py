@@ -1,5 +1,7 @@
 """Ray's token on stand-in Sparks: with it the nodes join and work. A client without it is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from operating import inv
 from test_nodes_disagree import ALLOW, check, joined
@@ -37,8 +39,10 @@ def test_with_the_token_the_nodes_work_and_other_clients_are_refused(sparks, ter
     assert done.returncode == 0, done.stderr
     secret = (sparks[0].run("cat", token[0]["RAY_AUTH_TOKEN_PATH"])).stdout
     assert secret and secret not in sparks[0].run("docker", "inspect", "node-ray").stdout
-    for env in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"}):
-        said = client(sparks[1], **env)
+    others = ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another"})
+    with ThreadPoolExecutor() as pool:
+        told = list(pool.map(lambda env: client(sparks[1], **env), others))
+    for said in told:
         assert "nodes" not in said.splitlines()[-1] and "oken" in said
     inside = sparks[1].run("docker", "exec", "node-ray", "python3", "-c", ASK, timeout=90)
     assert "2 nodes" in inside.stdout, inside.stderr

@@ -36,7 +36,7 @@ print(json.load(urllib.request.urlopen(request, timeout=300))["usage"]["prompt_t
 def pair(rig, shells) -> Iterator[list[Host]]:
     """Two hosts that serve the tiny model with room for a long prompt."""
     words = ("up", "--model", "rehearsal", "--max-len", "128K", "--allow", ALLOW)
-    done = rig.hosts[0].run(*INV, *words, env=SHELL | FLEET, timeout=240)
+    done = rig.hosts[0].run(*INV, *words, env=SHELL | FLEET, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     yield rig.hosts
     for host in rig.hosts:
@@ -49,16 +49,31 @@ def health(pair, **env) -> tuple[int, str]:
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
 
+def becomes(pair, code: int, seconds: float = 60, **env: str) -> str:
+    """Type `inv health` until it ends with this status, and return its last line."""
+    said: list[tuple[int, str]] = []
+    assert wait(lambda: said.append(health(pair, **env)) or said[-1][0] == code, seconds, pause=0.5), said
+    return said[-1][1]
+
+
+def slowness() -> float:
+    """How many times longer than its processor time a piece of work takes here: 1 on a machine with nothing to do."""
+    wall, cpu = time.monotonic(), time.process_time()
+    while (spent := time.process_time() - cpu) < 0.5:
+        pass
+    return (time.monotonic() - wall) / spent
+
+
 def freeze(host: Host, name: str) -> None:
     """Send a signal to the server's whole process group."""
     host.run("docker", "exec", "node-ray", "bash", "-c", f"kill -{name} -- -$(cat /run/vllm-serve.pid)")
 
 
 def test_healthy_within_five_seconds(pair):
-    """A token was generated. --json prints the same state."""
-    start = time.monotonic()
+    """A token was generated. --json prints the same state. A machine that is busy has more time, in proportion."""
+    slow, start = slowness(), time.monotonic()
     done = inv(pair[0], "health", "--json", **FLEET)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 5 * max(slow, slowness())
     told = json.loads(done.stdout)
     assert (done.returncode, told["state"], told["code"]) == (0, "healthy", 0), done.stderr
     assert "one token" in told["parts"]["API"]["says"] and "10.0.0.2 (ranks: 1)" in told["parts"]["Ray"]["says"]
@@ -89,13 +104,13 @@ def test_a_gauge_that_dies_comes_back(pair):
         return json.loads(record.read_text())["nodes"]["10.0.0.2"] is not None
 
     dead = gauges()
-    assert dead and wait(answers, 10)
+    assert dead and wait(answers, 30)
     assert pair[1].run("docker", "exec", "node-ray", "kill", "-KILL", *dead).returncode == 0
     # Another process, and not a time without one: that may be over before anybody looks.
-    assert wait(lambda: (now := gauges()) and not now & dead, 30)
+    assert wait(lambda: (now := gauges()) and not now & dead, 60)
     written = record.stat().st_mtime
-    assert wait(lambda: record.stat().st_mtime > written and answers(), 30)
-    assert health(pair)[0] == 0
+    assert wait(lambda: record.stat().st_mtime > written and answers(), 60)
+    becomes(pair, 0)
 
 
 def test_the_fabric_is_not_proved_while_a_server_has_the_gpus(pair):
@@ -108,9 +123,9 @@ def test_memory_is_a_line_for_each_node(pair, terminal, tmp_path):
     """`inv memory` also prints the lowest memory of each node, and writes CSV. Ctrl-C ends it."""
     file = tmp_path / "memory.csv"
     typed = terminal(pair[0], "memory", "--csv", str(file))
-    typed.until("10.0.0.2 ", 60)
-    typed.until("GiB available", 60)
-    assert wait(lambda: len(file.read_text().splitlines()) >= 5, 30)
+    typed.until("10.0.0.2 ")
+    typed.until("GiB available")
+    assert wait(lambda: len(file.read_text().splitlines()) >= 5, 60)
     typed.end(signal.SIGINT)
     rows = [row.split(",") for row in file.read_text().splitlines()]
     assert rows[0] == ["time", "node", "available_bytes"] and {row[1] for row in rows[1:]} == {"10.0.0.1", "10.0.0.2"}
@@ -141,11 +156,11 @@ def test_a_trouble_has_its_own_exit_status(pair, env, code, said):
 def test_a_link_that_went_down_is_degraded(pair, rig):
     """A link of the other node counts too. The server goes on serving over the other links."""
     rig.link_down(pair[1], "enp1s0f0np0")
-    found = wait(lambda: health(pair)[0] == 17, 20, pause=1)
-    line = health(pair)[1]
-    rig.link_up(pair[1], "enp1s0f0np0")
-    assert found and "enp1s0f0np0 of 10.0.0.2 is down" in line
-    assert wait(lambda: health(pair)[0] == 0, 60, pause=1)
+    try:
+        assert "enp1s0f0np0 of 10.0.0.2 is down" in becomes(pair, 17)
+    finally:
+        rig.link_up(pair[1], "enp1s0f0np0")
+    becomes(pair, 0)
 
 
 def test_200_requests_at_once_while_health_is_asked_every_second(pair):
@@ -163,13 +178,13 @@ def test_200_requests_at_once_while_health_is_asked_every_second(pair):
 def test_a_long_prompt_is_busy_and_never_hung(pair):
     """The prefill takes many times HANG_S. Something moves all the time, so the state is never hung."""
     client = pair[1].popen(sys.executable, "-c", LONG, URL, env={"KEY": KEY}, stdout=subprocess.PIPE, text=True)
-    time.sleep(3)
+    becomes(pair, 10, HANG_S="2")  # once the prefill has begun
     states = []
-    while client.poll() is None and len(states) < 6:
+    while client.poll() is None and len(states) < 5:
         states.append(health(pair, HANG_S="2"))
-    assert len(states) == 6 and {code for code, _ in states} == {10}, states
-    assert client.wait(200) == 0 and client.stdout.read().strip() == "90000"
-    assert health(pair)[0] == 0
+    assert len(states) == 5 and {code for code, _ in states} == {10}, states
+    assert client.wait(300) == 0 and client.stdout.read().strip() == "90000"
+    becomes(pair, 0)
 
 
 def test_a_frozen_server_is_hung(pair):
@@ -177,23 +192,11 @@ def test_a_frozen_server_is_hung(pair):
     freeze(pair[0], "STOP")
     try:
         assert health(pair, HANG_S="300")[0] == 10
-        assert wait(lambda: health(pair, HANG_S="8")[0] == 13, 60)
-        code, line = health(pair, HANG_S="8")
+        line = becomes(pair, 13, 120, HANG_S="8")
     finally:
         freeze(pair[0], "CONT")
-    assert code == 13 and "HANG_S: 8" in line and "inv stop" in line
-    assert wait(lambda: health(pair)[0] == 0, 20)
-
-
-def test_a_launch_whose_terminal_is_closed_while_detached_serves_on(pair, terminal):
-    """After a stop the state is not running. A detached launch loads and serves without its terminal."""
-    assert inv(pair[0], "stop").returncode == 0
-    assert health(pair)[0] == 12
-    launch = terminal(pair[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, **FLEET)
-    launch.until("The server is loading")
-    launch.end(signal.SIGHUP)
-    assert health(pair)[0] == 11
-    assert wait(lambda: health(pair)[0] == 0, 120, pause=2), health(pair)
+    assert "HANG_S: 8" in line and "inv stop" in line
+    becomes(pair, 0)
 
 
 def test_watch_sees_a_kill_and_runs_the_hook_once(pair, terminal, tmp_path):
@@ -205,12 +208,22 @@ def test_watch_sees_a_kill_and_runs_the_hook_once(pair, terminal, tmp_path):
     watch = terminal(pair[1], "watch", "--url", URL, VLLM_API_KEY=KEY, WATCH_HOOK=str(hook), **env)
     watch.until("armed")
     freeze(pair[0], "KILL")
-    watch.until("held back: WATCH_MAX is 1", 60)
+    watch.until("held back: WATCH_MAX is 1")
+    assert wait(seen.exists, 20)
     assert settled(lambda: seen.read_text().count("WATCH_EVENT=down") == 1, 4)
     assert "WATCH_URL=http://10.0.0.1:8000" in seen.read_text() and KEY not in seen.read_text()
     assert watch.end(signal.SIGTERM) == 0 and watch.said.rstrip().endswith("stopped")
-    code, line = health(pair)
-    assert code == 12 and "ended by itself" in line and "inv logs" in line
+    line = becomes(pair, 12)
+    assert "ended by itself" in line and "inv logs" in line
+
+
+def test_a_launch_whose_terminal_is_closed_while_detached_serves_on(pair, terminal):
+    """A detached launch loads and serves without its terminal."""
+    launch = terminal(pair[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, **FLEET)
+    launch.until("The server is loading")
+    launch.end(signal.SIGHUP)
+    becomes(pair, 11)
+    becomes(pair, 0, 240)
 
 
 def alive(pair) -> dict[str, bool]:
@@ -221,18 +234,15 @@ def alive(pair) -> dict[str, bool]:
 
 def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
     """The state follows within Ray's own time limit. The head's container stays until `down` removes it."""
-    words = ("launch", "--model", "rehearsal", "--detach", "--allow", ALLOW)
-    assert inv(pair[0], *words, **FLEET).returncode == 0
-    assert wait(lambda: health(pair)[0] == 0, 120, pause=2), health(pair)
     client = pair[1].popen(sys.executable, CLIENT, URL, "50", env={"KEY": KEY}, stderr=subprocess.DEVNULL)
     time.sleep(1)
     pair[1].run("docker", "kill", "node-ray")
-    assert wait(lambda: health(pair)[0] == 14, 60, pause=1), health(pair)
-    assert "10.0.0.1" in health(pair)[1] and "inv down" in health(pair)[1]
-    assert wait(lambda: alive(pair) == {"10.0.0.1": True, "10.0.0.2": False}, 30, pause=1), alive(pair)
+    line = becomes(pair, 14, 120)
+    assert "10.0.0.1" in line and "inv down" in line
+    assert wait(lambda: alive(pair) == {"10.0.0.1": True, "10.0.0.2": False}, 60, pause=1), alive(pair)
     client.kill()
     client.wait(10)
-    assert wait(lambda: not serving(pair[0]), 30)
+    assert wait(lambda: not serving(pair[0]), 60)
     assert containers(pair[0]) == "node-ray running"
     down = inv(pair[0], "down", **FLEET)
     assert down.returncode == 0 and "node-ray was removed" in down.stderr
@@ -243,9 +253,9 @@ def test_a_worker_that_dies_under_load_is_a_rank_lost_and_down_cleans(pair):
 def test_a_head_that_dies_while_it_serves_does_not_linger_elsewhere(pair):
     """The state is not running. `down` takes the worker down too, and `up` brings both nodes up again."""
     words = ("up", "--model", "rehearsal", "--allow", ALLOW)
-    assert pair[0].run(*INV, *words, env=SHELL | FLEET, timeout=240).returncode == 0
+    assert pair[0].run(*INV, *words, env=SHELL | FLEET, timeout=400).returncode == 0
     pair[0].run("docker", "kill", "node-ray")
-    assert wait(lambda: health(pair)[0] == 12, 20)
+    becomes(pair, 12)
     assert containers(pair[1]) == "node-ray running"
     down = inv(pair[0], "down", **FLEET)
     assert down.returncode == 0 and "spark-2 | node-ray was removed" in down.stderr, down.stderr
