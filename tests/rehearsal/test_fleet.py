@@ -84,7 +84,7 @@ def test_up_with_another_version_of_the_repository_there(pair, tmp_path):
 def test_up_without_the_repository_there(pair):
     """If REPO_DIR has no repository, the message names that setting."""
     done = up(pair[0], REPO_DIR="nowhere/sparks")
-    assert done.returncode != 0 and "REPO_DIR in .env" in done.stderr
+    assert done.returncode != 0 and "in the same folder or in REPO_DIR?" in done.stderr
     assert [containers(host) for host in pair] == ["", ""]
 
 

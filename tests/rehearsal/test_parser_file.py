@@ -73,7 +73,7 @@ def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, 
     """The file is whole, and its commit is printed."""
     repository()
     said, files = launch()
-    assert f"It is here, from commit {COMMIT}." in said
+    assert f"is here, from commit {COMMIT}." in said
     assert [file.read_bytes() for file in files] == [WHOLE]
 
 
