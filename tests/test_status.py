@@ -13,8 +13,9 @@ from cluster.recorder import GIB
 from cluster.server import Served
 
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
+NOW = time.time()
 FACTS = {
-    "since": time.time() - 7200,
+    "since": NOW - 7200,
     "image": "sha256:0123456789abcdef base",
     "memory": {"MemAvailable": 20 * GIB},
     "links": {"roce0": {"state": "up"}, "roce1": {"state": "down"}},
@@ -22,7 +23,7 @@ FACTS = {
     "ray": "2.55.0",
     "environment": {"NCCL_SOCKET_IFNAME": "roce0,roce1,roce2"},
 }
-SERVER = Served(True, time.time() - 600, ("vllm", "serve", "some/model", "--max-model-len", "131072"))
+SERVER = Served(True, NOW - 600, ("vllm", "serve", "some/model", "--max-model-len", "131072"))
 
 
 class Asked(list):
@@ -34,6 +35,7 @@ def asked(monkeypatch):
     """A head that Ray's nodes are asked of; the list has each question, and the addresses that health was given."""
     asked = Asked()
     env = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
+    monkeypatch.setattr(time, "time", lambda: NOW)  # the tests before this one may have taken long
     monkeypatch.setattr(status, "node_container", lambda: SimpleNamespace(status="running"))
     monkeypatch.setattr(status, "is_earlier", lambda _: False)
     monkeypatch.setattr(status, "container_environment", lambda _: env)
