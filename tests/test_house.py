@@ -152,6 +152,11 @@ def test_there_is_one_docker_run_of_a_node():
     assert [file.name for file in TEMPLATES if "--device=/dev/infiniband" in file.read_text()] == ["ray_container.j2"]
 
 
+def test_every_exception_has_its_reason():
+    """A finding of lint or of types that is passed over says why on the same line."""
+    assert _files_with(r"# (noqa: [A-Z0-9, ]+|type: ignore(\[[\w, -]+\])?)\s*\n", PYTHON) == set()
+
+
 # --- Templates -------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +194,17 @@ def _lines(files: Iterable[Path]) -> dict[str, int]:
 def test_no_file_is_longer_than_500_lines():
     """A file is as long as its noun needs. A longer one has two nouns."""
     assert {name: lines for name, lines in _lines(PYTHON).items() if lines > 500} == {}
+
+
+def test_the_flow_of_the_article_is_one_sitting():
+    """tasks.py and ten modules have at most 2,050 lines."""
+    flow = _lines([ROOT / "tasks.py", *(ROOT / f"cluster/{name}.py" for name in FLOW)])
+    assert sum(flow.values()) <= 2050, flow
+
+
+def test_all_python_is_at_most_6400_lines():
+    """The rehearsal counts, the tests do not."""
+    assert sum(_lines(PYTHON).values()) <= 6400
 
 
 # --- Findings of other programs, which are too slow for the fast tests -----------------------------------------------
