@@ -21,7 +21,6 @@ from cluster.settings import ModelSettings, Settings, load_settings
 
 # The collector would visit every imported object again, most of all at exit: a seventh of a start.
 gc.freeze()
-
 Value = str | None  # of a flag that was given, or was not
 
 # Every argument is a flag. With positional arguments Invoke would take the next word, even --help, for a value.

@@ -83,7 +83,8 @@ def template_names(name: str) -> frozenset[str]:
     environment = _templates()
     try:
         environment.get_template(name)  # finds also an unknown filter
-        tree = environment.parse(environment.loader.get_source(environment, name)[0])  # type: ignore[union-attr]
+        source = environment.loader.get_source(environment, name)[0]  # type: ignore[union-attr]  # _templates sets it
+        tree = environment.parse(source)
     except TemplateSyntaxError as error:
         raise Exit(f"{error.name or name}, line {error.lineno}, is no template: {error.message}") from None
     except (TemplateNotFound, OSError, UnicodeDecodeError) as error:

@@ -73,7 +73,7 @@ class Engine:
 
         Raises RehearsalError if the engine ends, or does not answer within a minute.
         """
-        answers = lambda: works("docker", "version", env=self.env)  # noqa: E731
+        answers = lambda: works("docker", "version", env=self.env)  # noqa: E731 - it reads as one sentence below
         if not wait(lambda: process.poll() is not None or answers(), 60) or process.poll() is not None:
             words = tail(self._log.read_text(errors="replace"), 8)
             raise RehearsalError(f"the Docker Engine of {self.name} did not start, see {self._log}:\n{words}")

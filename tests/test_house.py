@@ -202,9 +202,9 @@ def test_the_flow_of_the_article_is_one_sitting():
     assert sum(flow.values()) <= 2050, flow
 
 
-def test_all_python_is_at_most_6400_lines():
-    """The rehearsal counts, the tests do not."""
-    assert sum(_lines(PYTHON).values()) <= 6400
+def test_all_python_is_an_afternoon():
+    """The rehearsal counts, the tests do not. A change that adds lines says in its message what they buy."""
+    assert sum(_lines(PYTHON).values()) <= 6850
 
 
 # --- Findings of other programs, which are too slow for the fast tests -----------------------------------------------
