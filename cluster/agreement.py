@@ -1,6 +1,6 @@
 """The rules that compare the nodes before a model is loaded.
 
-Nodes that differ still load a model, for many minutes. Then they hang, or answer nonsense, without a word of the cause.
+Nodes that differ load a model for many minutes. Then they hang or give wrong answers, and no log names the cause.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unknown:
-    """The reason why a fact could not be asked."""
+    """A fact that could not be asked, and the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Node:
-    """One alive node: its address, host name and GPUs by Ray, and the facts by inside/probe.py."""
+    """One node that Ray has: Ray gives its address, host name and GPUs, and inside/probe.py gives its facts."""
 
     address: str
     hostname: str
@@ -41,18 +41,17 @@ class Node:
     facts: dict[str, Any]
 
     def __getitem__(self, fact: str) -> Any:  # noqa: ANN401 - facts are JSON of any form
-        """Return the fact, or Unknown."""
         told = self.facts.get(fact, {"unknown": self.facts.get("unknown", "the probe did not say")})
         return Unknown(told["unknown"]) if isinstance(told, dict) and "unknown" in told else told
 
     def variable(self, name: str) -> str | None:
-        """Return a variable that the container started with; None if there is none, or it could not be asked."""
+        """Return a variable of the container's start. None: it was not set, or could not be asked."""
         env = self["environment"]
         return None if isinstance(env, Unknown) else env.get(name)
 
 
 def ask_nodes(head: Container, names: Sequence[str] = ()) -> list[Node]:
-    """Return every alive node, the head first. Their environments include the variables called names.
+    """Return every alive node, the head first. names: the variables to ask besides vLLM's and NCCL's.
 
     Raises Exit if Ray could not be asked.
     """
@@ -65,7 +64,7 @@ def ask_nodes(head: Container, names: Sequence[str] = ()) -> list[Node]:
 # --- The rules that compare one fact ----------------------------------------------------------------------------------
 
 PACKAGES = ("vllm", "ray", "python", "torch")
-# The rule of each fact, by which a fact that could not be asked is refused.
+# The rule that refuses a fact which could not be asked.
 RULE_OF = {
     **{rule: rule for rule in ("gpus", "wrapper", "token", "image", "network", "links")},
     "host": "hosts",
@@ -73,7 +72,7 @@ RULE_OF = {
     **dict.fromkeys(PACKAGES, "versions"),
     **dict.fromkeys(("infiniband", "memlock", "ipc_lock"), "rdma"),
 }
-# A fact, and the sentence about a node whose fact is not the head's.
+# The facts that must be the head's on every node, each with the sentence about a node where the fact differs.
 SAME = {
     "wrapper": "The containers were started differently: {head} alone has {here}, {node} alone has {there}. Bring both "
     "up from one version of this repository, with the same --model.",
@@ -87,23 +86,15 @@ SAME = {
 
 
 def find_disagreements(nodes: Sequence[Node], settings: Settings) -> list[Finding]:
-    """Return everything that the rules find. The first of the nodes is the head."""
+    """Return the findings of all rules. The first of the nodes is the head."""
     rules = (_unknown, _enough, _hosts, _gpus, _same, _checkout, _variables, _rdma, _nic_lists, _links)
     return [found for rule in rules for found in rule(nodes, settings)]
 
 
 def _told(nodes: Sequence[Node], *facts: str) -> list[tuple[Any, ...]]:
-    """Return the nodes that told all of these facts, each in a row with the facts."""
+    """Return a row for each node that told all of these facts: the node, then the facts."""
     rows = [(node, *(node[fact] for fact in facts)) for node in nodes]
     return [row for row in rows if not any(isinstance(fact, Unknown) for fact in row)]
-
-
-def _unlike(nodes: Sequence[Node], fact: str) -> Iterator[tuple[Node, Any, Any]]:
-    """Yield each node whose fact is not the head's, with the head's fact and its own."""
-    here = nodes[0][fact]
-    for node, there in _told(nodes[1:], fact):
-        if here != there and not isinstance(here, Unknown):
-            yield node, here, there
 
 
 def _unknown(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -115,21 +106,21 @@ def _unknown(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
+    head = nodes[0]
     for fact, sentence in SAME.items():
-        for node, here, there in _unlike(nodes, fact):
+        for node, here, there in [(node, head[fact], told) for node, told in _told(nodes[1:], fact)]:
+            if here == there or isinstance(here, Unknown):
+                continue
+            # An image is told as its id and the digest of its base. Another build of one base is a warning.
+            one_base = fact == "image" and here.partition(" ")[2] == there.partition(" ")[2] != ""
             if fact == "wrapper":
                 ours, theirs = shlex.split(here["words"]), shlex.split(there["words"])
                 here = shlex.join(word for word in ours if word not in theirs) or "nothing"
                 there = shlex.join(word for word in theirs if word not in ours) or "nothing"
-            names = {"fact": fact, "head": nodes[0].address, "node": node.address, "copy": _copy_image(node, settings)}
+            copy = f"docker save {shlex.quote(settings['VLLM_IMAGE'])} | ssh {node.address} docker load"
+            names = {"fact": fact, "head": head.address, "node": node.address, "copy": copy}
             text = sentence.format(here=here or "none", there=there or "none", **names)
-            # An image is told as its id and the digest of its base. Another build of one base is a warning.
-            one_base = fact == "image" and here.partition(" ")[2] == there.partition(" ")[2] != ""
             yield Finding(RULE_OF[fact], text, refuses=not one_base)
-
-
-def _copy_image(node: Node, settings: Settings) -> str:
-    return f"docker save {shlex.quote(settings['VLLM_IMAGE'])} | ssh {node.address} docker load"
 
 
 # --- The other rules --------------------------------------------------------------------------------------------------
@@ -159,7 +150,7 @@ def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _checkout(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Another version of this repository is a warning: whatever decides how a node runs is compared by itself."""
+    """Warn of another version of this repository. Other rules compare everything that decides how a node runs."""
     now = repository_digest()
     started = [(node.address, digest or "none") for node, digest in _told(nodes, "repository") if digest != now]
     if started:
@@ -178,8 +169,8 @@ def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         if set(values.values()) - {settings[name]}:
             told = ", ".join(f"{address} has {'none' if value is None else value}" for address, value in values.items())
             text = (
-                f"{name} must be {settings[name]} in every container when it starts: {told}. Ray's processes on a "
-                f"worker get it no other way. Where it differs: Ctrl-C, then {_bring_up(settings)}"
+                f"Every container must start with {name}={settings[name]}, because Ray does not pass it to a worker: "
+                f"{told}. Where it differs: Ctrl-C, then {_bring_up(settings)}"
             )
             yield Finding("variables", text)
 
@@ -189,7 +180,7 @@ def _bring_up(settings: Settings) -> str:
 
 
 def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """RDMA needs its devices, the right to lock memory, and no limit to the locked memory."""
+    """RDMA needs its devices, the right to lock memory, and no limit on locked memory."""
     for node in (node for node in nodes if node.variable("NCCL_IB_DISABLE") != "1"):
         if node["infiniband"] == [] or node["ipc_lock"] is False:
             lack = "no device in /dev/infiniband" if node["infiniband"] == [] else "no right to lock memory (IPC_LOCK)"
@@ -201,19 +192,19 @@ def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         if isinstance(node["memlock"], int) and node["memlock"] != -1:
             text = (
                 f"{node.address}: the container may lock {node['memlock'] // 1024} KiB of memory, and RDMA locks "
-                "gigabytes. Bring that node up by this repository's task, which lifts the limit. If it did: docker "
-                "info, on that node, names a runtime other than runc that keeps the limit."
+                f"gigabytes. {_bring_up(settings)} lifts the limit. If the node was brought up so, docker info on it "
+                "names a runtime other than runc, which keeps the limit."
             )
             yield Finding("memlock", text)
 
 
 def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Nodes may have different lists of RoCE devices if the vLLM that will run leaves each node its own list."""
+    """The lists of RoCE devices may differ, but only if vLLM leaves each node its own list."""
     lists = {node.address: env.get("NCCL_IB_HCA") for node, env in _told(nodes, "environment")}
     if len(set(lists.values())) > 1:
         vllm, kept = nodes[0]["vllm"], nodes[0]["own_variables"]
-        # RayExecutorV2, from 0.21 on, keeps a worker's own value. The older executor takes the head's for each variable
-        # that the file behind own_variables does not list.
+        # RayExecutorV2, from 0.21 on, keeps a worker's own value. The older executor overwrites it with the head's,
+        # unless the file behind own_variables lists the variable.
         older = isinstance(vllm, Unknown) or vllm_version(vllm) < (0, 21, 0)
         overwrites = older and (isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept)
         text = f"NCCL_IB_HCA differs: {', '.join(f'{address} has {value}' for address, value in lists.items())}."
@@ -223,7 +214,7 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every interface that a container uses must be up, with the head's MTU. Another number of devices is a warning."""
+    """Every interface in use must be up, with the head's MTU. Another number of RoCE devices is a warning."""
     sides = []
     for node, links, env in _told(nodes, "links", "environment"):
         names = f"{env.get('NCCL_SOCKET_IFNAME', '')},{env.get('TP_SOCKET_IFNAME', '')}".split(",")
@@ -234,8 +225,8 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         for name, link in used.items():
             if link["state"] != "up":
                 text = (
-                    f"{node.address}: {name} is {link['state']}, and its container was told to use it, which can stall "
-                    f"NCCL. Check the cable; or bring the node up without it: Ctrl-C, then {_bring_up(settings)}"
+                    f"{node.address}: {name} is {link['state']}, but its container uses {name}, which can stall NCCL. "
+                    f"Check the cable; or bring the node up without {name}: Ctrl-C, then {_bring_up(settings)}"
                 )
                 yield Finding("links", text)
     for address, mtu, count in sides[1:]:

@@ -1,4 +1,4 @@
-"""The report before a model is loaded: the nodes, their memory, the image's options, the network."""
+"""The report before a model is loaded. It covers the nodes, their memory, the image's options and the network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.settings import ModelSettings
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-# Every rule, in the order in which they report.
+# Every rule, in the order of the report.
 RULES = (
     "nodes", "hosts", "gpus", "wrapper", "variables", "token", "image", "versions", "rdma", "memlock", "nic-lists",
     "network", "links", "mtu", "link-count", "memory-unknown", "memory-floor", "memory-low", "memory-context",
@@ -33,7 +33,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that was found. `settings` are those to go on with, which IMAGE_GATES=auto may have changed."""
+    """The result of a check. IMAGE_GATES=auto may have changed its `settings`, and the launch uses these."""
 
     settings: ModelSettings
     nodes: Sequence[Node]
@@ -59,7 +59,7 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
 
 
 def foresee(settings: ModelSettings) -> Inspection:
-    """Compute the memory of one of the article's Sparks, without asking a node."""
+    """Compute the memory of one of the article's Sparks. No node is asked."""
     budgets, unfit = memory_budgets(settings, [SPARK], "0.21.0", None)  # the vLLM of NGC's 26.05.post1
     return Inspection(settings, (), budgets, unfit)
 
@@ -77,21 +77,21 @@ def _memory(node: Node) -> NodeMemory:
 
 
 def _occupied(server: Served, nodes: Sequence[Node]) -> str:
-    """Return a sentence in place of the memory rules, which would count the memory of a running server twice."""
+    """Return the sentence that replaces the memory rules, because they would count a running server's memory twice."""
     share = dict(given_options(server.words)).get("--gpu-memory-utilization", ["vLLM's default"])[0]
     left = [f"{one.address} {in_gib(_memory(one).available)} GiB" for one in nodes]
     return (
         f"A server runs: {server.model}, {server.context:,} tokens, GPU_MEM_UTIL {share} on each of "
-        f"{server.world_size} nodes. Available beside it: {', '.join(left)}. The memory rules are not judged while it "
-        "runs. To judge them: inv stop; then check again."
+        f"{server.world_size} nodes. Still available: {', '.join(left)}. The memory rules are judged only without a "
+        "server. For that: inv stop; then check again."
     )
 
 
-# --- Telling it -------------------------------------------------------------------------------------------------------
+# --- The report -------------------------------------------------------------------------------------------------------
 
 
 def rule_names(text: str | None) -> list[str]:
-    """Return the rules that `--allow` names, comma separated. Raises Exit for a name that no rule has."""
+    """Return the rules in the value of `--allow`. Raises Exit for a name that no rule has."""
     names = [name for name in (text or "").split(",") if name]
     if strangers := sorted(set(names) - set(RULES)):
         raise Exit(f"--allow names {', '.join(strangers)}; the rules are {', '.join(RULES)}.")
@@ -106,11 +106,9 @@ def tell_inspection(found: Inspection, allowed: Sequence[str] = ()) -> None:
         say(f"{mark} {one.rule}: {one.text}")
     rules = dict.fromkeys(one.rule for one in found.findings if one.refuses)
     if passed := [rule for rule in rules if rule in allowed]:
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False).print(f"[bold red]PASSED OVER by --allow: {', '.join(passed)}")
+        say(f"PASSED OVER by --allow: {', '.join(passed)}")
     if refused := [rule for rule in rules if rule not in allowed]:
-        raise Exit(f"Nothing was loaded. To mend what was refused is better than --allow {','.join(refused)}")
+        raise Exit(f"Nothing was loaded. Mend what was refused, or accept the risk: --allow {','.join(refused)}")
 
 
 def foretell(found: Inspection) -> None:
@@ -137,7 +135,7 @@ def as_json(found: Inspection) -> str:
 
 
 def _table(found: Inspection) -> list[str]:
-    """One column of GiB for each node. Not by rich, whose import would add a third to `inv plan`."""
+    """Return one column of GiB for each node. Importing rich for this table would add a third to `inv plan`."""
     if not found.budgets:
         return []
     rows = zip(*(budget_rows(budget) for budget in found.budgets), strict=True)

@@ -1,7 +1,7 @@
-"""The network between the nodes, proved by one all-reduce that is timed and logged.
+"""A proof of the network between the nodes: one all-reduce, which is timed and logged.
 
-No list of devices tells the transport of the data plane, because NCCL falls back to TCP without a word. The all-reduce
-needs every node's GPU and 256 MiB on each, so the caller has to make sure first that no server runs.
+A list of devices proves nothing, because NCCL falls back to TCP without an error. The all-reduce needs 256 MiB on each
+node's GPU, so the caller makes sure first that no server runs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ COMBINED = re.compile(r"NET/\S+ : Made virtual device \[(\d+)\] name=(\S+)")
 
 @dataclass(frozen=True)
 class Rank:
-    """One node's part in the all-reduce. `seconds` is the time of one all-reduce, `error` the reason why there is none.
+    """One node's part in the all-reduce, which takes `seconds` and moves `size` bytes. `error`: why it did not end.
 
-    `transports` are the channels between the nodes by NCCL's names (`Socket` is TCP), `devices` those behind them.
+    `transports` has NCCL's names for the channels between the nodes (`Socket` is TCP). `devices` are the devices that
+    these channels use.
     """
 
     address: str
@@ -58,7 +59,7 @@ class Rank:
 
     @property
     def hcas(self) -> str:
-        """The RoCE devices that NCCL was told to use, as NCCL_IB_HCA has them. Empty if NCCL was told to use TCP."""
+        """The value of NCCL_IB_HCA: the RoCE devices that NCCL must use. Empty if NCCL must use TCP."""
         return "" if self.environment.get("NCCL_IB_DISABLE") == "1" else self.environment.get("NCCL_IB_HCA", "")
 
     @property
@@ -80,7 +81,6 @@ def ask_fabric(head: Container) -> list[Rank]:
 
 
 def read_rank(told: dict[str, Any]) -> Rank:
-    """Read a rank from the answer of inside/fabric.py."""
     where = {"address": told["address"], "hostname": told["hostname"]}
     if "error" in told:
         return Rank(**where, error=told["error"])
@@ -88,16 +88,16 @@ def read_rank(told: dict[str, Any]) -> Rank:
     rank = Rank(**where, environment=told["environment"], transports=transports, devices=devices)
     if told["status"] == 0:
         return replace(rank, **json.loads(told["told"].splitlines()[-1]))
-    # Later warnings are echoes of the first. Without a warning the last line tells most.
+    # The first warning has the cause, and later ones follow from it. Without a warning the last line says most.
     causes = re.findall("NCCL WARN (.+)", told["log"]) or told["log"].strip().splitlines()[-1:] or ["it said nothing"]
-    # timeout(1) ended it by KILL, which Python calls -9 and a shell 137.
+    # The status of a rank that timeout(1) ended by KILL is -9 in Python, and 137 in a shell.
     end = "it hung" if told["status"] in (-9, 137) else f"status {told['status']}"
     over = f", over {rank.route}" if transports else ""
     return replace(rank, error=f"{end}{over}: {causes[0].strip()[:300]}")
 
 
 def read_log(log: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the transports and the devices of the channels in NCCL's log. An offered device may stay unused."""
+    """Return the transports and the devices of the channels in NCCL's log. NCCL may find a device and not use it."""
     names: dict[tuple[bool, str], list[str]] = {}
     for transport, offered in USING.findall(log):
         names |= {(transport == "Socket", index): [name] for index, name in DEVICE.findall(offered)}
@@ -108,7 +108,7 @@ def read_log(log: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def fabric_summary(ranks: Sequence[Rank]) -> list[str]:
-    """Return the route of each rank and, if all of several have answered, the rate."""
+    """Return the route of each rank, and the rate if all of them have finished."""
     said = [f"{rank.address} ({rank.hostname}): {rank.route}" for rank in ranks if not rank.error]
     if len(said) == len(ranks) > 1:
         # https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "AllReduce": algbw and busbw.
@@ -120,7 +120,7 @@ def fabric_summary(ranks: Sequence[Rank]) -> list[str]:
             "(nccl-tests' algbw and busbw)."
         )
         if ranks[0].backend != "nccl":
-            said.append("Without CUDA it was gloo: this proves the network only, neither RDMA nor NCCL.")
+            said.append("Without CUDA the ranks used gloo, which proves the network only, not RDMA and not NCCL.")
     return said
 
 
@@ -139,7 +139,7 @@ def fabric_findings(ranks: Sequence[Rank]) -> list[Finding]:
         elif not rank.cuda and any(other.cuda for other in ranks):
             text = f"torch finds no GPU in the container. On that node: docker exec {CONTAINER} nvidia-smi"
         elif on_rdma and (not rank.transports or "Socket" in rank.transports):
-            went = "fell back to TCP" if rank.transports else "opened no channel that its log tells"
+            went = "fell back to TCP" if rank.transports else "opened no channel, by its log"
             text = (
                 f"RDMA was asked for (NCCL_IB_HCA={rank.hcas}), but NCCL {went}: {rank.route}. On that node: docker "
                 f"exec {CONTAINER} ls /dev/infiniband; if it is gone, a cold boot; then bring the node up again. TCP "

@@ -1,8 +1,7 @@
-"""vLLM's key-value cache: the options of a `vllm serve` line, the model's config.json, and the blocks that follow.
+"""The blocks of vLLM's KV cache, computed from the options of a `vllm serve` line and from the model's config.json.
 
-The blocks are exact, to the token. docs/memory.md has the formulas, and the readings of real starts that they were
-compared with. The sources are files of vLLM 0.21.0: platforms/interface.py, v1/core/kv_cache_utils.py and
-model_executor/layers/mamba/mamba_utils.py.
+The blocks are exact, to the token. docs/memory.md has the formulas, and compares them with real starts. The formulas
+come from vLLM 0.21.0: platforms/interface.py, v1/core/kv_cache_utils.py and model_executor/layers/mamba/mamba_utils.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 
 from cluster.finding import CannotKnow
 
-# Bytes of one element. vLLM runs a float32 model in 16 bits. Other dtypes of the cache pack in ways of their own.
+# The bytes of one element. vLLM runs a float32 model in 16 bits. Other dtypes of the cache are not computed.
 MODEL_BYTES = {"bfloat16": 2, "float16": 2, "float32": 2}
 CACHE_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,10 +31,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Demand:
-    """The options of a line that decide about memory. vLLM chooses where a value is None.
+    """The options of a line that change how much memory is needed. None leaves the choice to vLLM.
 
-    `length` is the longest sequence in tokens, `drafts` the tokens that MTP drafts, `mode` the states that prefix
-    caching keeps.
+    `length` is the longest sequence in tokens. `drafts` is the number of tokens that MTP drafts. `mode` is the value of
+    --mamba-cache-mode.
     """
 
     length: int
@@ -53,21 +52,22 @@ class Demand:
     vllm: tuple[int, ...] = (0, 21, 0)
 
 
-# The effect of these options is not computed, unless they are 0.
+# The effect of these options is not computed, so 0 is the only value that they may have. MTP is read from JSON only.
 NOT_COMPUTED = (
-    *("--block-size", "--cpu-offload-gb", "--decode-context-parallel-size", "--hf-overrides", "--mamba-block-size"),
-    *("--kv-cache-memory-bytes", "--mamba-cache-dtype", "--num-gpu-blocks-override", "--kv-cache-dtype-skip-layers"),
-    "--speculative-config.method",  # MTP is read from JSON only
-)
+    "--block-size", "--cpu-offload-gb", "--decode-context-parallel-size", "--hf-overrides", "--mamba-block-size",
+    "--kv-cache-memory-bytes", "--mamba-cache-dtype", "--num-gpu-blocks-override", "--kv-cache-dtype-skip-layers",
+    "--speculative-config.method",
+)  # fmt: skip
 
 
 def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Demand:
-    """Read the line that will run: SERVE_EXTRA may differ from the settings.
+    """Read the line and not the settings, because SERVE_EXTRA may repeat an option with another value.
 
     vllm: the version that will run. For a model with constant states, 0.21.0 leaves prefix caching off and 0.32.0
-    switches it on. Between the two the larger need is assumed. Raises CannotKnow for an option that is not computed.
+    switches it on. For a version between the two the larger need is assumed. Raises CannotKnow for an option that is
+    not computed.
     """
-    # The defaults of Demand count for the options that the line does not have.
+    # An option that is not in the line is absent from the result, so that the default of Demand counts.
     absent = argparse.SUPPRESS
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False, argument_default=absent)
     option = parser.add_argument
@@ -100,16 +100,16 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     return demand
 
 
-# argparse puts the names of these two into its messages: "invalid whole_number value".
+# argparse shows the names of these two functions to the operator: "invalid whole_number value".
 def whole_number(found: object) -> int:
-    """Read a number of a line or of a JSON file. A size of more than 10**8 is a mistake."""
+    """Read a number from 1 to 10**8. A larger size is a mistake."""
     if not str(found).isdecimal() or not 0 < int(str(found)) <= 10**8:
         raise ValueError
     return int(str(found))
 
 
 def mtp_tokens(text: str) -> int:
-    """Return the number of tokens that MTP drafts. Any other method loads a model of unknown size."""
+    """Return the number of tokens that MTP drafts. Other methods load a second model, whose size is unknown."""
     config = dict(json.loads(text))
     if config.get("method") != "mtp":
         raise ValueError
@@ -124,7 +124,7 @@ LAYERS = {
     "*": ATTENTION, "attention": ATTENTION, "full_attention": ATTENTION, "M": STATE, "mamba": STATE,
     "linear_attention": STATE, "E": OTHER, "-": OTHER, "moe": OTHER, "mlp": OTHER,
 }  # fmt: skip
-# The keys of a state's sizes in config.json, in the order of State. Those of a gated delta net play the same parts.
+# The keys of config.json from which State gets `heads` to `kernel`, in that order, for the two kinds of state.
 MAMBA = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
 DELTA_NET = ("linear_num_value_heads", "linear_value_head_dim", "linear_key_head_dim", "linear_num_key_heads",
              "linear_conv_kernel_dim")  # fmt: skip
@@ -132,10 +132,10 @@ DELTA_NET = ("linear_num_value_heads", "linear_value_head_dim", "linear_key_head
 
 @dataclass(frozen=True)
 class State:
-    """The constant state of one layer.
+    """The state of one layer, whose size does not grow with the sequence.
 
-    `chunk` tokens are computed at once, and `element` is the bytes of one element. `groups` of `columns` stand beside
-    the heads in the convolution, which has `kernel` steps.
+    `chunk` is the number of tokens that are computed at once, `element` the bytes of one element. The convolution has
+    `kernel` steps, over the heads and over `groups` of `columns`.
     """
 
     chunk: int
@@ -162,7 +162,7 @@ class Shape:
 
 
 def read_shape(config: dict[str, Any]) -> Shape:
-    """Read a config.json, of a vision model its text_config. Raises ValueError with the key at fault."""
+    """Read the content of a config.json. A vision model has its layers in text_config. Raises ValueError."""
     config = {**config, **config.get("text_config", {})}
     number = partial(json_field, config, read=whole_number)
     layers_of = partial(json_field, config, read=_layers)
@@ -197,7 +197,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
 
 
 def json_field(fields: Mapping[str, Any], *keys: str, read: Callable[[Any], T], default: object = None) -> T:
-    """Read the first of these keys that is set, otherwise the default. Raises ValueError with the key and its value."""
+    """Read the first of these keys that is set, otherwise the default. The ValueError names the keys and the value."""
     found = next((fields[key] for key in keys if fields.get(key) is not None), default)
     try:
         return read(found)
@@ -218,8 +218,8 @@ def _layers(found: str | list[str]) -> tuple[str, ...]:
 class Layout:
     """The blocks of one rank's cache: `block` tokens and `block_bytes` bytes each.
 
-    A sequence takes `growing` blocks for each `block` tokens, and `fixed` blocks whatever its length. `held` blocks are
-    never given out.
+    A sequence takes `growing` blocks for each `block` tokens, and `fixed` blocks at any length. No sequence gets the
+    `held` blocks.
     """
 
     block: int
@@ -242,10 +242,7 @@ class Layout:
 
 
 def cache_layout(shape: Shape, demand: Demand) -> Layout:
-    """Return the blocks of the cache as vLLM makes them on one pipeline stage, exact to the token.
-
-    Raises CannotKnow where tensor parallelism does not divide the heads.
-    """
+    """Return vLLM's blocks on one pipeline stage. Raises CannotKnow if the ranks cannot share the heads."""
     if demand.drafts and not shape.mtp:
         raise CannotKnow("The line asks for MTP, but config.json has no MTP layers.")
     layers = shape.layers + (shape.mtp if demand.drafts else ())
@@ -253,17 +250,17 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     if not attention or shape.heads % demand.tp or (shape.kv_heads % demand.tp and demand.tp % shape.kv_heads):
         parts = f"{attention} attention layers of {shape.heads} heads and {shape.kv_heads} heads for keys and values"
         raise CannotKnow(f"--tensor-parallel-size {demand.tp} cannot divide {parts}.")
-    # Every rank has one head for keys and values at least.
+    # Every rank has at least one head for keys and values.
     each = shape.element if demand.cache_dtype == "auto" else CACHE_BYTES[demand.cache_dtype]
     token = 2 * max(1, shape.kv_heads // demand.tp) * shape.head_dim * each
-    held = int(demand.vllm > (0, 21, 0))  # newer versions count a block that is never given out
+    held = int(demand.vllm > (0, 21, 0))  # newer versions count one block that no sequence gets
     if not shape.state or not states:
         return Layout(KERNEL_BLOCK, KERNEL_BLOCK * token * attention, growing=1, fixed=0, held=held)
     kept = kept_states(shape, demand)
-    # A block has the fewest tokens whose keys and values are as large as one state.
+    # A block has as many tokens as make its keys and values at least as large as one state.
     step = lcm(shape.state.chunk, KERNEL_BLOCK) if kept == "all" else KERNEL_BLOCK
     block = step * ceil(state_bytes(shape.state, demand, shape.element) / (step * token))
-    # A group has as many layers as the rarer kind, or as the other kind if that has less than half more.
+    # A group has as many layers as the rarer kind. If the other kind has less than half more, it has as many as that.
     few, many = sorted((attention, states))
     group = many if many < few * 1.5 else few
     of_states = ceil(states / group)
@@ -273,7 +270,7 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
 
 
 def kept_states(shape: Shape, demand: Demand) -> str:
-    """Return the states that vLLM keeps: `none` is one of a sequence, `align` two, and `all` one in every block."""
+    """Return the mode in which vLLM keeps states: `none` keeps one a sequence, `align` two, `all` one in each block."""
     if not demand.prefix:
         return "none"
     if not shape.caches_all_states or demand.vllm >= (0, 32, 0):  # 0.32.0 has this mode alone
@@ -282,7 +279,7 @@ def kept_states(shape: Shape, demand: Demand) -> str:
 
 
 def state_bytes(state: State, demand: Demand, element: int) -> int:
-    """Return the bytes of one layer's state on one rank. Its convolution has the model's element size."""
+    """Return the bytes of one layer's state on one rank. element: the model's bytes of one element."""
     if state.heads % demand.tp or state.groups % demand.tp:
         parts = f"the {state.heads} heads and {state.groups} groups of a state"
         raise CannotKnow(f"--tensor-parallel-size {demand.tp} cannot divide {parts}.")

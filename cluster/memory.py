@@ -1,6 +1,6 @@
 """The memory that a model takes of each node, computed before the model is loaded. Sizes are in bytes.
 
-docs/memory.md has the formula, and the readings that it was compared with. The sources are engine/arg_utils.py and
+docs/memory.md has the formula, and compares it with measured values. The formula comes from engine/arg_utils.py and
 v1/worker/utils.py of vLLM 0.21.0.
 """
 
@@ -19,8 +19,8 @@ from cluster.repository import ROOT
 from cluster.server import serve_words
 from cluster.settings import ModelSettings
 
-# The sizes that a profile's JSON file gives in GiB, with their defaults. A server takes 8.0 GiB outside of its
-# reservation: 3.0 of CUDA context and NCCL, read on an H100, and 5.0 for three Python processes, read without a GPU.
+# The sizes that a profile's JSON file gives in GiB, and their defaults. `outside` is what a server takes beside its
+# reservation: 3.0 for CUDA context and NCCL, read on an H100, and 5.0 for three Python processes, read without a GPU.
 MEASURED = {"weights": None, "mtp_weights": 0, "activations": None, "mtp_activations": 0, "graphs": None,
             "outside": 8.0}  # fmt: skip
 
@@ -29,7 +29,7 @@ MEASURED = {"weights": None, "mtp_weights": 0, "activations": None, "mtp_activat
 
 
 def checkpoint_folder(hf_cache: Path, checkpoint: str) -> Path | None:
-    """Return the folder of a checkpoint on this host: the snapshot that refs/main names, or the folder of a path."""
+    """Return the checkpoint's folder on this host: for a path that path, otherwise the snapshot in refs/main."""
     if checkpoint.startswith("/"):
         return Path(checkpoint.replace(f"{HF_CACHE}/", f"{hf_cache}/", 1))
     folder = hf_cache / "hub" / f"models--{checkpoint.replace('/', '--')}"
@@ -40,10 +40,10 @@ def checkpoint_folder(hf_cache: Path, checkpoint: str) -> Path | None:
 
 
 def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape, dict[str, int]]:
-    """Read the shape of a model, and the sizes that MEASURED names, in bytes.
+    """Read the shape of a model, and the sizes of MEASURED in bytes.
 
-    profile: the JSON file beside the model's profile. folder: the checkpoint's folder, whose config.json and index of
-    the weights count before the profile. Raises CannotKnow with the name of the file and of the key at fault.
+    profile: the JSON file beside the model's profile. folder: the checkpoint's folder. If it has a config.json or an
+    index of the weights, that file is read in place of the profile. Raises CannotKnow with the file and the key.
     """
     file = profile
     try:
@@ -91,9 +91,9 @@ SPARK = NodeMemory("a Spark", int(121.7 * GIB), int(117.4 * GIB))
 class Budget:
     """The memory of one node with the model on it.
 
-    vLLM takes `reservation` whatever the context: weights, activations, graphs, and the cache from what they leave.
-    `outside` comes on top. `layout` is None where the cache is not computed. `sequences` need a block of the cache
-    each: all that are decoded at once, where they have states and decoding is captured in CUDA graphs.
+    vLLM takes `reservation` at any context length. Weights, activations and graphs come first, and the cache gets what
+    they leave. `outside` comes on top. `layout` is None where the cache is not computed. Each of the `sequences` needs
+    a block of the cache. The number is 0 unless the model has states and decoding is captured in CUDA graphs.
     """
 
     node: NodeMemory
@@ -108,19 +108,13 @@ class Budget:
 
     @property
     def cache(self) -> int:
-        """The part of the reservation that is left for the cache. Below 0 there is none."""
+        """The part of the reservation that is left for the cache. The other parts are too large if it is below 0."""
         return self.reservation - self.weights - self.activations - self.graphs
 
     @property
     def blocks(self) -> int:
         """The blocks of the cache, 0 where it is not computed."""
         return max(self.cache, 0) // self.layout.block_bytes if self.layout else 0
-
-    @property
-    def needed(self) -> int:
-        """The smallest cache with which vLLM starts, 0 where it is not computed."""
-        layout = self.layout
-        return max(layout.least(self.demand.length), self.sequences * layout.block_bytes) if layout else 0
 
     @property
     def left(self) -> int:
@@ -131,8 +125,8 @@ class Budget:
 def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node: NodeMemory) -> Budget:
     """Compute the memory of one node. Raises CannotKnow where the model's cache cannot be computed.
 
-    Weights and activations are allowances. The cache is exact for the memory that they leave. Activations were measured
-    with 8192 batched tokens. They grow with more, and do not shrink with fewer, because nobody has measured that.
+    Weights and activations are estimates. The cache is exact for the memory that they leave. Activations were measured
+    with 8192 batched tokens. More tokens are scaled up. Fewer are not scaled down, because nobody has measured that.
     """
     # vLLM's defaults for an API server, by the memory of the device.
     sequences, batched = (1024, 8192) if (node.total or 0) >= 70 * GIB else (256, 2048)
@@ -176,7 +170,6 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
 
 
 def in_gib(size: int | None) -> str:
-    """Return a size in GiB with one decimal, or `unknown`."""
     return "unknown" if size is None else f"{size / GIB:.1f}"
 
 
@@ -186,9 +179,9 @@ def in_gib(size: int | None) -> str:
 def memory_budgets(
     settings: ModelSettings, nodes: Sequence[NodeMemory], vllm: str, hf_cache: Path | None
 ) -> tuple[list[Budget], list[Finding]]:
-    """Compute the memory of each node with the model on it, and find where that is too little.
+    """Compute the memory of each node with the model on it, and find the nodes that have too little.
 
-    vllm: the version that will run. hf_cache: the Hugging Face folder of this host, None if it must not be read.
+    vllm: the version that will run. hf_cache: this host's Hugging Face folder. With None the profile alone is read.
     """
     model = settings.model
     folder = checkpoint_folder(hf_cache, settings["MODEL_CKPT"]) if hf_cache else None
@@ -208,8 +201,9 @@ def memory_budgets(
 def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     """Return everything that is wrong with the memory of one node.
 
-    The article's nodes hung when they had too little, and lost their power. vLLM itself checks only the cache, after
-    minutes of loading. (For sequences: "exceeds available Mamba cache blocks" in config/compilation.py, 0.20 to 0.32.)
+    A Spark with too little memory hangs until its power is cut. vLLM itself checks only the cache, after minutes of
+    loading. Its check of the sequences is in config/compilation.py, 0.20 to 0.32: "exceeds available Mamba cache
+    blocks".
     """
     node, demand, layout = budget.node, budget.demand, budget.layout
     if not node.total or node.available is None:
@@ -239,9 +233,11 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
 
 
 def _proposal(budget: Budget, settings: ModelSettings, choose: Callable[[list[float]], float]) -> str:
-    """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and spares the host."""
+    """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and leaves the host enough."""
     most, keep = (float(settings[name]) for name in ("GPU_MEM_UTIL_MAX", "MEM_WARN_GIB"))
-    lowest, highest = budget.reservation - budget.cache + budget.needed, budget.reservation + budget.left - keep * GIB
+    lowest, highest = budget.reservation - budget.cache, budget.reservation + budget.left - keep * GIB
+    if layout := budget.layout:
+        lowest += max(layout.least(budget.demand.length), budget.sequences * layout.block_bytes)
     shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]
     if fitting := [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]:
         return f"Type: GPU_MEM_UTIL={choose(fitting):.2f} {settings.launch_line}"

@@ -1,6 +1,6 @@
 """The options of a `vllm serve` line that the image's vLLM refuses, and the knob that takes each off the line.
 
-Without this check vLLM stops a minute after its start, and names the option but no way on.
+Without this check vLLM stops a minute after its start, and names the option but not the knob.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUILT_IN = "/opt/node-ray/options.json"
 
 @dataclass(frozen=True)
 class Known:
-    """The version of one vLLM, and every spelling of its options: the choices of each, or None where any value fits."""
+    """The version of one vLLM, and the choices of each option in every spelling. None: the option takes any value."""
 
     vllm: str
     options: Mapping[str, Sequence[str] | None]
@@ -43,8 +43,8 @@ class Known:
 def ask_inside(head: Container, seconds: int, read: Callable[[Any], T], *words: str) -> T:
     """Run a command in the head's container, for so many seconds at most, and read the JSON in its last line.
 
-    Raises Exit if the command fails, if `read` does not understand the JSON, and if an earlier version of this
-    repository started the container.
+    Raises Exit if the command fails, if `read` rejects the JSON, and if an earlier version of this repository started
+    the container.
     """
     if is_earlier(head):
         raise Exit(EARLIER)
@@ -57,9 +57,9 @@ def ask_inside(head: Container, seconds: int, read: Callable[[Any], T], *words: 
 
 
 def known_options(head: Container, settings: ModelSettings) -> Known:
-    """Return the options of the vLLM in the head's container: from the image's file, else from vLLM itself.
+    """Read the options of the image's vLLM: from the file that this host keeps, the image's file, or vLLM itself.
 
-    vLLM needs half a minute, so this host keeps the answer by the image's id. Raises Exit if vLLM does not tell.
+    vLLM needs half a minute to answer. Raises Exit if it does not.
     """
     kept = log_folder(settings) / f"options-{head.image.id.removeprefix('sha256:')[:12]}.json"
     if told := kept_json(kept):
@@ -69,7 +69,7 @@ def known_options(head: Container, settings: ModelSettings) -> Known:
     except Exit:
         say("Asking the image's vLLM for its options. That takes half a minute, once for each image.")
         known = ask_inside(head, 180, _read_known, "python3", f"{INSIDE}/options.py")
-    with contextlib.suppress(OSError):  # a full disk costs half a minute at the next launch, and nothing else
+    with contextlib.suppress(OSError):  # with a full disk vLLM is asked again at the next launch
         keep_json(kept, vars(known))
     return known
 
@@ -85,14 +85,14 @@ def _read_known(told: Any) -> Known:  # noqa: ANN401 - JSON of any form
 def examine(words: Sequence[str], known: Known, env: Mapping[str, str]) -> dict[str, str]:
     """Return a sentence for each option that this vLLM refuses. env: the variables of its containers.
 
-    vLLM's parser takes the first three, and its start refuses them. Read in the sources of vLLM 0.11.0, 0.12.0, 0.17.1,
-    0.18.0, 0.19.0, 0.20.2, 0.21.0 and 0.32.0. (0.11.0 does not refuse asynchronous scheduling, but its only Ray
-    executor is the older one.)
+    vLLM's parser accepts the first three, but its start refuses them. They were read in the sources of vLLM 0.11.0,
+    0.12.0, 0.17.1, 0.18.0, 0.19.0, 0.20.2, 0.21.0 and 0.32.0. (0.11.0 does not refuse asynchronous scheduling, but its
+    only Ray executor is the older one.)
     """
     given, vllm = given_options(words), vllm_version(known.vllm)
     last = {name: " ".join(values) for name, values in given}
     found = {}
-    # RayDistributedExecutor, the older executor, runs unless the newer one is asked for, or is the default.
+    # RayDistributedExecutor, the older executor, runs unless the variable asks for the newer one, or it is the default.
     newer = env.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1" if vllm >= (0, 21, 0) else "0") == "1" and vllm >= (0, 20)
     overlaps = "--async-scheduling" in last and "--no-async-scheduling" not in last
     if overlaps and last.get("--distributed-executor-backend") == "ray" and not newer:
@@ -131,7 +131,7 @@ def given_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 def gated(
     settings: ModelSettings, head: Container, known: Known
 ) -> tuple[ModelSettings, Sequence[str], Sequence[Finding]]:
-    """Return the settings to go on with, a sentence for each knob that IMAGE_GATES=auto emptied, and the findings."""
+    """Return the settings for the launch, a sentence for each knob that IMAGE_GATES=auto emptied, and the findings."""
     env, launch = container_environment(head), settings.launch_line
     emptied: list[str] = []
     said: list[str] = []

@@ -1,8 +1,8 @@
-"""Time an all-reduce between all nodes: fabric.py, in the head's container. Prints each rank's answer as JSON.
+"""Time an all-reduce between all nodes, and print each rank's answer as JSON: fabric.py, in the head's container.
 
-Each rank is a process of its own, `fabric.py RANK RANKS ADDRESS PORT`, because NCCL reads the environment once in a
-process. The ranks use NCCL if all of them have CUDA, else gloo, which proves the network only. A rank ends within
-RANK_S, even if nobody is left to end it, and leaves no file, because NCCL's log is read from a pipe.
+Each rank is a process of its own, `fabric.py RANK RANKS ADDRESS PORT`, because a process reads NCCL's environment only
+once. The ranks use NCCL if all of them have CUDA, else gloo, which proves the network only. A rank ends within RANK_S,
+also after its parent has gone. NCCL's log goes to a pipe, so no file is left.
 """
 
 import json
@@ -15,10 +15,10 @@ from datetime import timedelta
 
 RANK_S, ANSWER_S, PATIENCE = 40, 48, timedelta(seconds=30)
 MEASURED_S, MOST_TIMES = 2, 20
-# Without CUDA more bytes would measure how fast a processor adds, not the network.
+# Without CUDA more bytes would measure the additions of the processor, not the network.
 BYTES, BYTES_WITHOUT_CUDA = 256 * 2**20, 32 * 2**20
 LOG_CHARS = 100_000
-# NCCL writes each line at once if the log has a file name, so that its last lines before a hang are known.
+# With a file name for the log NCCL writes each line at once, so that the last lines before a hang are there.
 LOGGED = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": "/dev/stderr"}
 
 
@@ -26,7 +26,7 @@ LOGGED = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FIL
 
 
 def start_rank(script, *words):
-    """Run one rank on this node; return what it printed and what NCCL logged."""
+    """Run one rank on this node. Return its answer, and NCCL's log."""
     done = subprocess.run(
         ["timeout", "--signal=KILL", str(RANK_S), sys.executable, script, *words],
         env={**os.environ, **LOGGED},
@@ -40,7 +40,7 @@ def start_rank(script, *words):
 
 
 def ask_every_node():
-    """Start a rank on each node, the head's first because the others meet there; return the answers in that order."""
+    """Start a rank on each node, and yield the answers. The head's is the first, because the others connect to it."""
     import every
     import ray
 
@@ -59,8 +59,7 @@ def ask_every_node():
     for rank, answer in every.gather(asked, ANSWER_S).items():
         if isinstance(answer, ray.exceptions.GetTimeoutError):
             ray.cancel(asked[rank], force=True)
-            error = f"no answer within {ANSWER_S} s; while a server holds its GPU (inv stop) it cannot start"
-            answer = {"error": error}
+            answer = {"error": f"no answer within {ANSWER_S} s; a rank cannot start while a server runs (inv stop)"}
         elif isinstance(answer, Exception):
             answer = {"error": f"{type(answer).__name__}: {str(answer).strip().splitlines()[-1]}"}
         where = nodes[rank]
@@ -71,7 +70,7 @@ def ask_every_node():
 
 
 def be_rank(rank, ranks, address, port):
-    """Meet the other ranks, time the all-reduce with them, and part."""
+    """Connect to the other ranks, and time the all-reduce with them."""
     import torch
     import torch.distributed as dist
 
@@ -96,7 +95,7 @@ def be_rank(rank, ranks, address, port):
         count = max(1, min(MOST_TIMES, int(MEASURED_S / slowest.item())))
         told = {"backend": backend, "cuda": torch.cuda.is_available(), "size": size, "iterations": count}
         told["seconds"] = seconds(count)
-        dist.barrier()  # no rank may part while another still measures
+        dist.barrier()  # no rank may leave while another still measures
     finally:
         dist.destroy_process_group()
     print(json.dumps(told), flush=True)
