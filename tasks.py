@@ -19,7 +19,7 @@ from cluster.models import Model, find_model, known_models
 from cluster.repository import check_repository
 from cluster.settings import ModelSettings, Settings, load_settings
 
-# The collector would visit every imported object again, most of all at exit: a seventh of a start.
+# Otherwise Python's garbage collector visits every imported object again: a seventh of the start-up time.
 gc.freeze()
 Value = str | None  # of a flag that was given, or was not
 
@@ -29,7 +29,7 @@ verb = partial(task, auto_shortflags=False, positional=[])
 # The rehearsal's model has no task of its own, because nobody with two Sparks wants one.
 LISTED = [model for model in known_models().values() if model.folder != "rehearsal"]
 MODEL = "the model, by the name of its profile: " + ", ".join(model.name for model in LISTED)
-START = "the model that gives the node its image and the variables that it forwards"
+START = "the model, which decides the image and the variables of the node"
 DETACH = "return once Ray runs; inv logs --node shows the node's log"
 LEAVE = "return at once; inv logs shows the server's log"
 ALLOW = "rules to pass over, comma separated; each finding names its rule"
@@ -216,7 +216,7 @@ def token(c: Context) -> None:
 
 @verb(help={"url": "the API's address, such as http://10.0.0.1:8000"})
 def watch(c: Context, url: str) -> None:
-    """From a third machine: run a hook when it fails."""
+    """From a third machine: run a hook when the API fails."""
     from cluster.watch import watch_api
 
     if not _dry(c):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def before_head(settings: Settings, net: Network) -> None:
-    """Refuse a head that is not at HEAD_NODE_IP, or whose image, container name or port is not ready."""
+    """Refuse a head that is not at HEAD_NODE_IP, that lacks the image, or whose container name or port is taken."""
     address = settings["HEAD_NODE_IP"]
     if not is_own_address(address):
         raise Exit(
@@ -51,7 +51,7 @@ def before_worker(settings: Settings, net: Network) -> None:
     if not is_own_address(net.address):
         raise Exit(
             f"VLLM_HOST_IP ({settings.origin('VLLM_HOST_IP')}) is {net.address}, which is no address of this host. "
-            "Remove it from there: then this node has the address of PRIMARY_IF."
+            "Without this setting the node has the address of PRIMARY_IF."
         )
     _check_docker(settings)
     _wait_for_head(address, int(settings["WAIT_HEAD_S"]))
@@ -119,7 +119,7 @@ def ray_answers(settings: Settings) -> None:
     """Refuse if Ray's port does not answer. A question to Ray itself would then wait for minutes."""
     address = settings["HEAD_NODE_IP"]
     if not port_answers(address, RAY_PORT):
-        raise Exit(f"Ray does not answer at {address}:{RAY_PORT}. Look at the terminal of inv head; then: inv cleanup")
+        raise Exit(f"Ray does not answer at {address}:{RAY_PORT}. Read its terminal or log; then type: inv cleanup")
 
 
 def nothing_serves(head: Container) -> None:
@@ -138,7 +138,7 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
         raise Exit(
             f"The head's container did not start with what {settings.model.name} needs:\n"
             + "\n".join(wrong)
-            + "\nOnly new containers get these variables, on every node. Type: inv down; then:\n"
+            + "\nA running container cannot get them, so every node needs a new one. Type: inv down; then:\n"
             f"  inv head{_model_flag(settings)}     # here\n  inv worker{_model_flag(settings)}   # on every other node"
         )
 
@@ -172,13 +172,13 @@ def is_head(found: Container) -> None:
     """Refuse on a worker, with the head's address."""
     own, head = engine.container_environment(found).get("VLLM_HOST_IP"), head_of(found)
     if own != head:
-        raise Exit(f"This node is a worker ({own}). Type it on the head, {head}.")
+        raise Exit(f"This node is a worker ({own}). Type the same command on the head, {head}.")
 
 
 def head_of(found: Container) -> str:
     """Return the address of the head that this container was started for."""
     if not (head := engine.container_environment(found).get("MASTER_ADDR")):
-        raise Exit(f"The {CONTAINER} here was started by neither inv head nor inv worker. To look at it: inv cleanup")
+        raise Exit(f"The {CONTAINER} here was started by neither inv head nor inv worker. To see it: inv cleanup")
     return head
 
 

@@ -141,7 +141,7 @@ def node_environment(settings: Settings, net: Network) -> dict[str, str]:
 
 
 def fingerprint(wrapper: Lines, mounted: Mapping[str, str]) -> tuple[str, str]:
-    """Return the wrapper as one line, and the sha256 of that line.
+    """Return the wrapper, which is `docker run` up to the image, as one line, and the sha256 of that line.
 
     The host's side of each mount is left out, because the operators' home folders may differ from node to node.
     """
@@ -191,7 +191,7 @@ def removal_command(names: Sequence[str] = (CONTAINER,)) -> Command:
 
 
 def bring_node_up(commands: Sequence[Command], guard: Callable[[], None]) -> str | None:
-    """Run the commands of a head or a worker, after the guard. A node that is not detached replaces this process.
+    """Call the guard, then run the commands. Without --detach, `docker run` replaces this process.
 
     Returns the id of a detached container that this call has started; None if the node runs already.
     """
@@ -213,7 +213,7 @@ def runs_already(container: Command) -> bool:
     if running is None or running.status != "running":
         return False
     wanted = {**container.env, **answers(container)}
-    wanted.pop("NODE_RAY_REPOSITORY", None)  # an update of the repository is a finding of `check`, and ends no node
+    wanted.pop("NODE_RAY_REPOSITORY", None)  # `check` reports a changed repository
     env = engine.container_environment(running)
     if differing := [name for name, value in wanted.items() if env.get(name) != value]:
         names = " and ".join(differing)
@@ -225,7 +225,7 @@ def runs_already(container: Command) -> bool:
 def start_detached(container: Command) -> str:
     """Start the node in a session of its own, wait until Ray runs in it, and return the container's id.
 
-    Raises Exit with the log's last lines if Ray does not run within START_S. No container stays then, nor after Ctrl-C.
+    Raises Exit with the log's last lines if Ray does not run within START_S. The container is removed then.
     """
     assert container.log, "only a detached node has a log"
     child, begun = detach(container)
@@ -265,7 +265,7 @@ def _end_start(child: Child) -> None:
     with suppress(TooLate):
         child.wait(END_S)
     left = engine.node_container()
-    # Docker keeps a container that was only created. One that runs without this child belongs to another start.
+    # Docker keeps a container that was created and never started. If this start has ended, another made what runs.
     if left and (child.poll() is None or left.status == "created"):
         child.kill()
         run(removal_command(), whole=True)

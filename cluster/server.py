@@ -27,7 +27,7 @@ EARLIER = "An earlier version of this repository started the containers. Type: i
 
 
 def api_url(host: str, port: str, everywhere: str = "127.0.0.1") -> str:
-    """Return the API's address, such as http://127.0.0.1:8000. everywhere: the host if it listens on all addresses."""
+    """Return the API's address, such as http://127.0.0.1:8000. everywhere: the host for an API that listens on all."""
     host = everywhere if host in ("0.0.0.0", "::") else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -83,7 +83,7 @@ def ask_server(head: Container) -> Served | None:
 
 
 def server_runs(head: Container) -> bool:
-    """Whether any process of the server runs, also of one that `inv stop` is ending."""
+    """Whether a process of the server still runs, even while `inv stop` ends the server."""
     return _state(head)[:1] == ["0"]
 
 
@@ -94,7 +94,7 @@ def _state(head: Container) -> list[str]:
 def is_earlier(head: Container) -> bool:
     """Whether an earlier version of this repository started this container. It then lacks the mounted scripts.
 
-    `inv stop` and `inv down` end such a cluster too. Nothing can be launched on it.
+    `inv stop` and `inv down` work on such a container too. Nothing can be launched in it.
     """
     return "NODE_RAY_REPOSITORY" not in container_environment(head)
 
@@ -192,13 +192,13 @@ def begin(settings: ModelSettings, started: Callable[[], None] = lambda: None) -
 
 
 def log_command(settings: Settings, of_node: bool, follow: bool) -> Command:
-    """Show the last lines of the server's log, or of a detached node's. follow: and what is written after them."""
+    """Show the last lines of the server's log, or of a detached node's. follow: also lines that come later."""
     file = node_log(settings) if of_node else log_folder(settings) / "serve.log"
     return Command(render("tail.j2", file=file, follow=follow), "this node")
 
 
 def show_log(command: Command) -> NoReturn:
-    """Become log_command, if there is a log."""
+    """Replace this process by log_command. Raises Exit if there is no log."""
     if not os.path.exists(file := command.words[-1]):
         raise Exit(f"There is no {file}. The server's log is on the head; only a node with --detach has a log.")
     become(command)

@@ -21,7 +21,7 @@ from invoke import Exit
 from cluster.command import SECRETS, printable
 from cluster.models import ROOT, Model, file_label, known_models, nearest, read_values
 
-# These may hold a secret. The refusal of such a value does not show it.
+# A value of these may be a secret, so no error message shows it.
 NEVER_SHOWN = (*SECRETS, "SERVE_EXTRA", "WATCH_HOOK")
 # These belong to one node. `up` does not pass them on.
 OF_ONE_NODE = (
@@ -36,7 +36,7 @@ DEFAULT_BASE_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3"
 
 
 class Form(NamedTuple):
-    """`takes` completes "it takes …". `read` returns the value in one spelling, or raises ValueError."""
+    """`takes` ends the sentence "it takes …". `read` returns the value in one spelling, or raises ValueError."""
 
     takes: str
     read: Callable[[str], str]
@@ -104,8 +104,8 @@ SECRET_NAMES = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_T
 EXTRA_WORDS = Form("words as a shell would read them, and no key among them", _extra_words)
 COMMAND = Form("a command's words as a shell would read them, or nothing", lambda text: shlex.join(shlex.split(text)))
 
-# The default and the form of each setting that no profile has to set. .env.example tells the meaning of an unset one
-# whose default is None.
+# The default and the form of each setting that a profile need not set. None means no default: .env.example says what
+# happens then.
 CORE: dict[str, tuple[str | None, Form]] = {
     "PRIMARY_IF": ("enp1s0f1np1", INTERFACE),
     "HEAD_NODE_IP": ("10.0.0.1", ADDRESS),
@@ -343,7 +343,7 @@ def _check_utilization(found: Mapping[str, Setting]) -> None:
 
 
 def _strays(shell: Mapping[str, str], site_values: Mapping[str, str], used: set[str]) -> list[str]:
-    """Return a note for each other model's knob in the shell, and for each name in `.env` that nothing knows."""
+    """Return a note for each name in the shell that only other models know, and for each in `.env` that is unknown."""
     keys = frozenset[str]().union(*(model.keys for model in known_models().values()))
     unused = sorted((keys & shell.keys()) - CORE.keys() - used)
     known = CORE.keys() | keys | used
@@ -362,7 +362,7 @@ SET_BY = {
     "NCCL_SOCKET_IFNAME": "DATA_IFS", "GLOO_SOCKET_IFNAME": "DATA_IFS", "OMPI_MCA_btl_tcp_if_include": "DATA_IFS",
     "NCCL_IB_HCA": "RDMA_HCAS", "NCCL_IB_DISABLE": "RDMA_HCAS", "UCX_NET_DEVICES": "RDMA_HCAS",
 }  # fmt: skip
-# Every container has its own value, bash sets one and loses that of a pasted line, or vLLM warns of the name.
+# Bash or the container sets these for itself, or vLLM warns about the name.
 SET_ELSEWHERE = (
     "VLLM_IMAGE", "VLLM_FORWARD_VARS", "PATH", "HOME", "_", "UID", "EUID", "PPID", "BASHPID", "GROUPS", "SHELLOPTS",
     "BASHOPTS", "SHLVL", "RANDOM", "SRANDOM", "LINENO", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "DIRSTACK",
@@ -378,7 +378,7 @@ def _forward_list(sources: Sources) -> list[str]:
     names = list(dict.fromkeys(" ".join([*reversed(of_profile), *of_operator]).split()))
     for name in names:
         if why := _unfit(name):
-            raise Exit(f"VLLM_FORWARD_VARS lists {name!r}, which {why}. Take it off the list.")
+            raise Exit(f"VLLM_FORWARD_VARS lists {name!r}, which {why}. Remove {name} from the list.")
     return names
 
 
@@ -389,7 +389,7 @@ def _unfit(name: str) -> str | None:
     if re.search("TOKEN|KEY|SECRET|PASSW", name, re.IGNORECASE):
         return "looks like a secret: `docker inspect` would show it. HF_TOKEN and VLLM_API_KEY go to the server anyway"
     if name in SET_BY:
-        return f"every container gets by the setting {SET_BY[name]}; set that instead"
+        return f"every container has from the setting {SET_BY[name]}; set {SET_BY[name]} instead"
     if name in SET_ELSEWHERE or name.startswith("NODE_RAY_"):
         return "bash, the container or this project sets for itself"
     return None

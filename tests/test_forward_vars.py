@@ -81,8 +81,8 @@ UNFIT = {
         *("PATH", "HOME", "EUID", "RANDOM", "LINENO", "GROUPS", "BASHPID", "SECONDS", "_"),
         *("VLLM_IMAGE", "VLLM_FORWARD_VARS", "NODE_RAY_IMAGE", "NODE_RAY_REPOSITORY"),
     ],
-    "which every container gets by the setting HEAD_NODE_IP": ["MASTER_ADDR"],
-    "which every container gets by the setting RDMA_HCAS": ["NCCL_IB_DISABLE"],
+    "which every container has from the setting HEAD_NODE_IP": ["MASTER_ADDR"],
+    "which every container has from the setting RDMA_HCAS": ["NCCL_IB_DISABLE"],
 }
 
 

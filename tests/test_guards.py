@@ -144,7 +144,10 @@ EARLIER.attrs["Config"]["Env"].remove("NODE_RAY_REPOSITORY=0a")
     [
         (None, "No node-ray runs on this node. Type: inv head --model nemotron"),
         (Container(status="exited"), "node-ray is here but exited. Type: inv cleanup"),
-        (Container(VLLM_HOST_IP="10.0.0.2"), f"This node is a worker (10.0.0.2). Type it on the head, {HERE}."),
+        (
+            Container(VLLM_HOST_IP="10.0.0.2"),
+            f"This node is a worker (10.0.0.2). Type the same command on the head, {HERE}.",
+        ),
         (EARLIER, "An earlier version of this repository started the containers. Type: inv down"),
         (Container(serving=True, **NEMOTRON), "A server runs in this container already. Type: inv stop"),
     ],

@@ -400,7 +400,7 @@ def test_a_container_that_cannot_be_asked_has_a_state(status, state, next_comman
 def test_a_worker_names_the_head(on):
     """A worker does not know the whole cluster, so the message names the head."""
     on("running", **EARLIER | {"VLLM_HOST_IP": WORKER})
-    with pytest.raises(Exit, match=r"This node is a worker \(10.0.0.2\). Type it on the head, 10.0.0.1."):
+    with pytest.raises(Exit, match=r"This node is a worker \(10.0.0.2\). Type the same command on the head, 10.0.0.1."):
         health.look({})
 
 

@@ -435,7 +435,7 @@ def test_down_is_refused_on_a_worker(status, standing, operator):
     """`down` is refused whether the worker's container runs or not. The message names the head."""
     standing.env[1] = "VLLM_HOST_IP=10.0.0.2"
     operator.setattr(engine, "node_container", lambda: standing.container(status))
-    with pytest.raises(Exit, match=r"This node is a worker .* Type it on the head, 10\.0\.0\.1\."):
+    with pytest.raises(Exit, match=r"This node is a worker .* Type the same command on the head, 10\.0\.0\.1\."):
         up.take_down(standing.settings)
     assert standing.did == []
 
@@ -460,7 +460,7 @@ def test_down_uses_the_head_address_of_the_container(standing, operator):
 def test_a_container_that_this_tool_has_not_started_stays(typed, standing):
     """Another program's container may have the same name. Only `inv cleanup` removes it, after a question."""
     standing.env = []
-    with pytest.raises(Exit, match=r"was started by neither inv head nor inv worker. To look at it: inv cleanup"):
+    with pytest.raises(Exit, match=r"was started by neither inv head nor inv worker. To see it: inv cleanup"):
         typed(standing)
     assert standing.did == []
 
