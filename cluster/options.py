@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from invoke import Exit
 
-from cluster.command import render, say, words_of
+from cluster.command import say
 from cluster.engine import ask_container, container_environment
 from cluster.finding import Finding, vllm_version
 from cluster.node import IN_SHELL, INSIDE, log_folder
 from cluster.recorder import keep_json, kept_json
-from cluster.server import EARLIER, is_earlier, serve_values
+from cluster.server import EARLIER, is_earlier, serve_words
 from cluster.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -133,25 +133,24 @@ def gated(
 ) -> tuple[ModelSettings, Sequence[str], Sequence[Finding]]:
     """Return the settings for the launch, a sentence for each knob that IMAGE_GATES=auto emptied, and the findings."""
     env, launch = container_environment(head), settings.launch_line
-    emptied: list[str] = []
     said: list[str] = []
-    while problems := examine(_line(settings, emptied), known, env):
-        knobs = {option: knob for option in problems if (knob := _knob(settings, emptied, option))}
+    while problems := examine(serve_words(settings), known, env):
+        knobs = {option: knob for option in problems if (knob := _knob(settings, option))}
         if not knobs or settings["IMAGE_GATES"] != "auto":
             break
         option, knob = next(iter(knobs.items()))
-        emptied.append(knob)
+        settings = settings.emptied([knob], "IMAGE_GATES=auto")
         said.append(f"{problems[option]} IMAGE_GATES=auto sets {_spelled(knob)}")
     findings = []
     for option, problem in problems.items():
         if option in knobs:
             do = f"Type: {_spelled(knobs[option])} {launch}; or: IMAGE_GATES=auto {launch}"
         else:
-            in_template = option in dict(given_options(_line(settings, ["SERVE_EXTRA"])))
+            in_template = option in dict(given_options(serve_words(settings.emptied(["SERVE_EXTRA"], "a trial"))))
             place = f"{settings.model.serve}, which has no knob for it," if in_template else "SERVE_EXTRA"
             do = f"Take it out of {place} or serve with another image: VLLM_IMAGE=... {launch}"
         findings.append(Finding("options", f"{problem} {do}"))
-    return settings.emptied(emptied, "IMAGE_GATES=auto"), said, findings
+    return settings, said, findings
 
 
 def _spelled(knob: str) -> str:
@@ -159,15 +158,11 @@ def _spelled(knob: str) -> str:
     return f"{knob}={'0' if knob.startswith('ENABLE_') else ''}"
 
 
-def _line(settings: ModelSettings, emptied: Sequence[str]) -> list[str]:
-    """Return the words of the `vllm serve` line with some knobs emptied."""
-    return words_of(render(settings.model.serve, **serve_values(settings) | dict.fromkeys(emptied, "")))
-
-
-def _knob(settings: ModelSettings, emptied: Sequence[str], option: str) -> str | None:
+def _knob(settings: ModelSettings, option: str) -> str | None:
     """Choose the knob that drops the option: an ENABLE_ one before others, then the one that drops the fewest words."""
     dropping = {}
-    for knob in settings.model.knobs - {"SERVE_EXTRA"}:
-        if settings.get(knob) and option not in dict(given_options(words := _line(settings, [*emptied, knob]))):
+    for knob in filter(settings.get, settings.model.knobs - {"SERVE_EXTRA"}):
+        words = serve_words(settings.emptied([knob], "a trial"))
+        if option not in dict(given_options(words)):
             dropping[knob] = len(words)
     return min(dropping, key=lambda knob: (not knob.startswith("ENABLE_"), -dropping[knob], knob), default=None)

@@ -10,6 +10,7 @@ from invoke import Exit
 from cluster import options
 from cluster.models import find_model, known_models
 from cluster.options import Known
+from cluster.server import serve_words
 from cluster.settings import load_settings
 
 DATA = Path(__file__).with_name("data")
@@ -36,7 +37,7 @@ class Asked:
             before, head, known(image) if isinstance(image, str) else image
         )
         self.emptied = {knob for knob in before if before[knob] != self.settings[knob]}
-        self.words = options._line(self.settings, [])
+        self.words = serve_words(self.settings)
 
 
 def auto(name, image, env=None, **shell):
