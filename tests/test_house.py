@@ -96,6 +96,13 @@ def test_a_script_of_the_containers_imports_nothing_of_the_host(script: Path):
     assert script.stem not in sys.stdlib_module_names
 
 
+def test_the_probe_can_run_without_a_container():
+    """Each fact about a node is asked with the standard library. Only the fan-out, in functions, needs Ray."""
+    tree = ast.parse((ROOT / "cluster/inside/probe.py").read_text())
+    at_once = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert {name.partition(".")[0] for name in _imports(at_once)} <= sys.stdlib_module_names
+
+
 def test_no_two_public_functions_share_a_name():
     """A search for a function's name finds one definition. A name alone says what is read, asked or listed."""
     trees = [ast.parse(file.read_text()) for file in MODULES]

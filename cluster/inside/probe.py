@@ -1,9 +1,12 @@
 """Print the facts of every node as JSON: probe.py KEY NAME..., in the head's container.
 
-The environment has vLLM's and NCCL's variables, and the variables called NAME. A secret is printed as its hash with
-KEY. A fact that cannot be asked is {"unknown": REASON}, so that no rule takes it for fine.
+`probe.py --here KEY NAME...` prints the facts of this machine, and needs neither Ray nor a container. The environment
+has vLLM's and NCCL's variables, and those called NAME. A secret is printed as its hash with KEY. A fact that cannot be
+asked is {"unknown": REASON}, so that nobody takes the fact for fine.
 """
 
+import fcntl
+import glob
 import hashlib
 import hmac
 import ipaddress
@@ -13,16 +16,16 @@ import platform
 import re
 import resource
 import socket
+import struct
 import subprocess
 import sys
 from importlib.metadata import version
-
-import psutil  # vLLM requires it
 
 SECONDS = 15
 PREFIXES = ("VLLM_", "NCCL_", "UCX_", "GLOO_", "TP_", "OMPI_")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
 IPC_LOCK = 14  # linux/capability.h
+SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
 
 
 def read(path):
@@ -56,38 +59,39 @@ def gpus():
     return done.stdout.splitlines()
 
 
-def memory():
-    found = psutil.virtual_memory()
-    return {"MemTotal": found.total, "MemAvailable": found.available}
+def field(path, name):
+    """Return the first word behind a name in a file of /proc."""
+    return next(line.split()[1] for line in read(path).splitlines() if re.match(f"{name}\\b", line))
+
+
+def since():
+    """Return when process 1 started, in seconds since 1970, by proc(5)."""
+    ticks = int(read("/proc/1/stat").rpartition(")")[2].split()[19])
+    return int(field("/proc/stat", "btime")) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def network():
     """Return the network of the control link as ADDRESS/PREFIX."""
-    for one in psutil.net_if_addrs()[os.environ["TP_SOCKET_IFNAME"]]:
-        if one.family == socket.AF_INET:
-            return str(ipaddress.ip_interface(f"{one.address}/{one.netmask}").network)
-    raise LookupError("the control link has no IPv4 address")
+    request = struct.pack("256s", os.environ["TP_SOCKET_IFNAME"].encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        told = [fcntl.ioctl(asked, number, request)[20:24] for number in (SIOCGIFADDR, SIOCGIFNETMASK)]
+    return str(ipaddress.ip_interface("/".join(map(socket.inet_ntoa, told))).network)
 
 
 def links():
-    found = psutil.net_if_stats()
-    states = {name: read(f"/sys/class/net/{name}/operstate") for name in found if name != "lo"}
-    return {name: {"state": state, "mtu": found[name].mtu} for name, state in states.items()}
-
-
-def may_lock_memory():
-    capabilities = re.search(r"CapEff:\s*(\w+)", read("/proc/self/status"))[1]
-    return bool(int(capabilities, 16) >> IPC_LOCK & 1)
+    names = sorted(path.split("/")[4] for path in glob.glob("/sys/class/net/*/operstate"))
+    told = {name: [read(f"/sys/class/net/{name}/{file}") for file in ("operstate", "mtu")] for name in names}
+    return {name: {"state": state, "mtu": int(mtu)} for name, (state, mtu) in told.items() if name != "lo"}
 
 
 def facts(key, names):
     env = os.environ
     asked = {
-        # The stand-in hosts of a rehearsal share a boot id, but each has its own network namespace.
+        # Stand-in hosts share a boot id. Their network namespaces differ, as those of two machines do.
         "host": lambda: f"{read('/proc/sys/kernel/random/boot_id')}/{os.stat('/proc/self/ns/net').st_ino}",
         "gpus": gpus,
-        "memory": memory,
-        "since": lambda: psutil.Process(1).create_time(),
+        "memory": lambda: {n: int(field("/proc/meminfo", n)) * 1024 for n in ("MemTotal", "MemAvailable")},
+        "since": since,
         "wrapper": lambda: {"sha256": env["NODE_RAY_WRAPPER_SHA256"], "words": env["NODE_RAY_WRAPPER"]},
         "repository": lambda: env.get("NODE_RAY_REPOSITORY"),
         "image": lambda: env["NODE_RAY_IMAGE"],
@@ -97,7 +101,7 @@ def facts(key, names):
         **{package: lambda package=package: version(package) for package in ("ray", "vllm", "torch")},
         "infiniband": lambda: sorted(os.listdir("/dev/infiniband")),
         "memlock": lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        "ipc_lock": may_lock_memory,
+        "ipc_lock": lambda: bool(int(field("/proc/self/status", "CapEff"), 16) >> IPC_LOCK & 1),
         "network": network,
         "links": links,
         # The variables that vLLM's older Ray executor leaves to each node.
@@ -107,7 +111,7 @@ def facts(key, names):
 
 
 class Asker:
-    # Ray starts one process on each node for an actor and two for a task. A probe takes little longer than their start.
+    # An actor, because Ray starts two processes on each node for a task. Their start is nearly all that a probe costs.
 
     def facts(self, key, names):
         return facts(key, names)
@@ -130,4 +134,7 @@ def every_node(key, names):
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(every_node(sys.argv[1], sys.argv[2:]))))
+    if sys.argv[1] == "--here":
+        print(json.dumps(facts(sys.argv[2], sys.argv[3:])))
+    else:
+        print(json.dumps(list(every_node(sys.argv[1], sys.argv[2:]))))
