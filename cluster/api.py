@@ -62,16 +62,17 @@ def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds:
     start, parts = time.monotonic(), urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=seconds)
-    reached: set[str] = set()
-    answers: list[Answer] = []
+    # The last of these counts. The first two stand for a name server, and for a server, that stays silent.
+    nameless = "no name server answers"
+    answers = [Answer(None, nameless, seconds, silent=True, error=socket.gaierror(nameless), connected=False)]
 
     def ask() -> None:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         try:
-            socket.getaddrinfo(parts.hostname, parts.port)  # by itself: a silent name server is no silent server
-            reached.add("name")
+            socket.getaddrinfo(parts.hostname, parts.port)
+            answers.append(Answer(None, "timed out", seconds, silent=True, connected=False))
             connection.connect()
-            reached.add("server")
+            answers.append(replace(answers[-1], connected=True))
             connection.request("POST" if body else "GET", parts.path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
             text = answer.read(_MOST)
@@ -80,17 +81,15 @@ def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds:
             answers.append(Answer(answer.status, text.decode(errors="replace"), time.monotonic() - start))
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: such as a chunk of size -5
             why, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
-            answers.append(Answer(None, why, time.monotonic() - start, silent, error, "server" in reached))
+            answers.append(Answer(None, why, time.monotonic() - start, silent, error, answers[-1].connected))
         finally:
             connection.close()
 
-    # A socket's timeout counts anew with every byte. The thread's does not, so a server that drips is given up in time.
+    # The timeout of a socket begins anew with every byte. The wait for this thread does not.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    nameless = None if "name" in reached else socket.gaierror("no name server answers")
-    late = Answer(None, str(nameless or "timed out"), time.monotonic() - start, True, nameless, "server" in reached)
-    return answers[0] if answers else late
+    return answers[-1]
 
 
 def generate_token(url: str, key: str | None, seconds: float = 3) -> Answer:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TOKEN_S = 3
 GPU_S = 20
-# A node's recorder answers within three seconds, and after a death of its own within ten.
+# A node answers the recorder within three seconds. Ray needs ten to restart the process that answers.
 DEAF_S = 30
 BRING_UP_AGAIN = "inv down; then: inv up --model NAME"
 LAUNCH_AGAIN = "inv logs; then: inv stop, and launch again"
@@ -78,11 +78,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Seen:
-    """Every answer about a cluster. None stands for a server that was not launched, and for what was not answered.
+    """The answers about a cluster. None stands for a server that was not launched, or for a missing answer.
 
-    `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to one token. `moving`: whether the API's counters
-    moved during the wait for that answer. `waited`: for how many seconds no `inv health` has had a token. `gpus`: for
-    host and container, whether nvidia-smi answered, and its words.
+    `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to the request for one token. `moving`: whether
+    the API's counters moved during that request. `waited`: for how many seconds no `inv health` has got a token.
+    `gpus`: for host and container, whether nvidia-smi answered, and its words.
     """
 
     server: Served | None = None
@@ -136,22 +136,20 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
             return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
         why = f"The server does not listen yet. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
         return Verdict(State.HUNG, why, "inv logs; then: inv stop")
-    if answer.status is None:
-        return Verdict(State.UNKNOWN, f"The API cannot be asked: {answer.text}", "inv logs")
-    said = f"The API answers {answer.status}: "
-    if answer.status < 500:
-        return Verdict(State.UNKNOWN, said + answer.text[:200], "inv logs")
+    said = f"The API answers {answer.status or 'nothing'}: {answer.text[:200]}"
+    if answer.status is None or answer.status < 500:
+        return Verdict(State.UNKNOWN, said, "inv logs")
     # The API lives, and the engine behind it has died.
     if node_gone:
-        return Verdict(State.RANK_LOST, said + have, BRING_UP_AGAIN)
-    return Verdict(State.NOT_RUNNING, said + answer.text[:200], LAUNCH_AGAIN)
+        return Verdict(State.RANK_LOST, f"The API answers {answer.status}: {have}", BRING_UP_AGAIN)
+    return Verdict(State.NOT_RUNNING, said, LAUNCH_AGAIN)
 
 
 def _without_rank(seen: Seen, recorded: Recorded, answer: Answer, world_size: int) -> list[str]:
     """Return the nodes that have lost their rank.
 
     A token that was just generated proves that every rank lives. While a model loads there are no ranks yet. A node
-    that missed one look of the recorder may be busy, so it counts as lost only if Ray has lost it too.
+    that does not answer the recorder may be busy, so that node counts as lost only if Ray has lost it too.
     """
     if recorded.ranks >= world_size or answer.well:
         return []
@@ -178,10 +176,10 @@ def _serving(seen: Seen, answer: Answer, warn: float) -> Verdict:
 
 
 def _silent(seen: Seen, answer: Answer, hang: float) -> Verdict:
-    """Tell busy from hung. A long prompt may be before ours, and nobody should power-cycle a host for that."""
+    """Tell busy from hung. A long prompt may be served before ours, and must not look like a hang."""
     queue = f" ({seen.metrics.running:g} requests run, {seen.metrics.waiting:g} wait)" if seen.metrics else ""
     late = f"No token within {answer.seconds:.0f} s{queue}" + (f", and {seen.down}" if seen.down else "")
-    # An idle server has nothing to move, so the seconds count only while a request waits.
+    # On an idle server nothing moves, so only seconds in which a request waited count.
     still = 0.0
     if seen.recorded:
         still = min(seen.recorded.quiet(*WORK), max(seen.waited, seen.recorded.quiet("waiting")))
@@ -263,7 +261,7 @@ def _ask_for_token(settings: Settings, server: Served) -> Seen:
     after = read_metrics(server.url) if answer.silent else None
     moving = bool(before and after and before.moving != after.moving)
     waited = waited_in_vain(log_folder(settings) / "unanswered.json", answer.silent, float(settings["HANG_S"]))
-    # The recorder's file is read after the wait for the token: the ranks' work meanwhile counts.
+    # The recorder's file is read after the wait for the token, so that work of the ranks during the wait counts.
     return Seen(server, None, read_recorded(settings), answer, moving, waited, after or before)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 PAUSE_S = 0.5
-# Off a terminal, progress is said at each new phase, and after so many seconds.
+# Without a terminal, progress is printed at each new phase, and after so many seconds.
 EVERY_S = 30
 # The first request compiles kernels: it took 49 s on two H100, the next one 1.8 s.
 WARM_UP_S = 600
@@ -75,9 +75,9 @@ class Phase:
 
 
 class Progress:
-    """One line that changes on a terminal; elsewhere a new line now and then.
+    """The progress of a load: one line that changes on a terminal, and a new line now and then without one.
 
-    expected: the seconds that the last load took. since: this load's start in seconds since 1970, if it is not now.
+    expected: the seconds that the last load took. since: the start of this load in seconds since 1970; None is now.
     """
 
     def __init__(self, model: str, expected: float | None = None, since: float | None = None) -> None:
@@ -90,7 +90,7 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            # What is printed meanwhile goes above the line, but not if standard output is a file.
+            # Lines that are printed meanwhile go above this one, unless standard output is a file.
             console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
             self.live = Live(console=console, transient=True, redirect_stdout=sys.stdout.isatty())
             self.live.start()
@@ -139,8 +139,8 @@ def follow_load(
 ) -> None:
     """Follow the server's log until the server has answered a first request.
 
-    stay: print the log too, and follow it until the server ends. since: the server's start in seconds since 1970, if it
-    is not now. Raises Exit when the server has ended, and, without stay, when its load is stuck.
+    stay: print the log too, and follow it until the server ends. since: the start of the server in seconds since 1970;
+    None is now. Raises Exit when the server has ended, and, without stay, when its load is stuck.
     """
     history = log_folder(settings) / "ready.json"
     times = kept_json(history) or {}
@@ -166,7 +166,7 @@ def follow_load(
 
 
 class Load:
-    """A server that is followed, from its log's first line on. stay: as in follow_load."""
+    """The log of a server, read from its first line on, and the server's API. stay: as in follow_load."""
 
     def __init__(self, settings: ModelSettings, lines: Iterator[str], progress: Progress, stay: bool) -> None:
         self.settings, self.progress, self.stay = settings, progress, stay

@@ -1,7 +1,4 @@
-"""The recorder's files, which it writes beside the server each second, and `inv memory`, which prints from it.
-
-cluster/inside/recorder.py is the recorder itself.
-"""
+"""The files that the recorder (cluster/inside/recorder.py) writes each second, and `inv memory`."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from cluster.settings import Settings
 
 # The recorder writes each second. A node that does not answer makes a look three seconds longer.
 FRESH_S = 10
-# Recorded.quiet takes these names: what moves while requests are answered, and what moves while a model is loaded.
+# The things that move while requests are answered, and those that move while a model is loaded. See Recorded.quiet.
 WORK = ("counters", "cpu", "gpu")
 LOAD = ("log", "memory", "server_cpu", "cpu", "gpu")
 GIB = 2**30
@@ -34,7 +31,7 @@ class Recorded:
 
     nodes: by address the facts of each node, or None if it did not answer. The facts are `available` (bytes), `ranks`
     (how many), `cpu` (seconds of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
-    still: for how many seconds each thing has not moved. silent: for how many each silent node has not answered.
+    still: for how many seconds each thing has not moved. silent: for how many seconds a node has not answered.
     """
 
     nodes: Mapping[str, Mapping | None]

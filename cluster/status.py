@@ -66,9 +66,8 @@ def _rows(nodes: Sequence[Node], lows: Mapping[str, int], launched: bool) -> lis
         row["lowest"] = lows.get(node.address)
         row["links"] = known["links"] and {name: known["links"].get(name, {}).get("state", "missing") for name in used}
         rows.append(row)
-    nothing = dict.fromkeys(rows[0]) if rows else {}
     lost = sorted(lows.keys() - {node.address for node in nodes}) if launched else []
-    return rows + [nothing | {"address": at, "alive": False, "lowest": lows[at]} for at in lost]
+    return rows + [dict.fromkeys(rows[0]) | {"address": at, "alive": False, "lowest": lows[at]} for at in lost]
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 JOIN_S = 30
 # A container is removed within a second. A worker that hangs must not keep `down` waiting.
 REMOVE_S = 60
-# The exit status of ssh itself, which did not reach the host, or lost the connection.
+# ssh ends with this status if it does not reach the host, or loses the connection.
 SSH_FAILED = 255
 
 
@@ -83,7 +83,7 @@ def _run_there(host: str, command: Command, seconds: float) -> str:
         hint = ""
         if error.code == SSH_FAILED:
             hint = f"\nThat is the status of ssh itself. Type: ssh -v {host} true; WORKER_HOSTS names the workers."
-        # The shell's status for a command that it cannot start or find, and Invoke's word for an unknown flag.
+        # The shell could not start (126) or find (127) `inv`, or an older `inv` does not know a flag.
         elif error.code in (126, 127) or "No idea what" in str(error.message):
             hint = "\nIs this repository there, in the same folder or in REPO_DIR? In it, type: git pull"
         raise Exit(f"{error.message}{hint}", code=error.code) from None
@@ -119,7 +119,7 @@ def _ignore_signals() -> None:
 
 @dataclass
 class Started:
-    """Nodes and server that this `inv up` has started and may take down again."""
+    """The nodes and the server that this `inv up` has started."""
 
     head: bool = False
     workers: set[str] = field(default_factory=set)
@@ -142,7 +142,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     """
     guards.required_secrets(settings)
     workers = workers_needed(settings)
-    with _only_one(settings), _undone_on_failure(settings, keep) as started:
+    with _only_one(settings), _undone_on_failure(settings, workers, keep) as started:
         _bring_up_nodes(settings, net, workers, started)
         head = guards.the_head(settings)
         running = server.ask_server(head)
@@ -179,8 +179,8 @@ def _only_one(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_failure(settings: Settings, keep: bool) -> Iterator[Started]:
-    """Take down what this run has started if the block fails.
+def _undone_on_failure(settings: Settings, workers: Sequence[str], keep: bool) -> Iterator[Started]:
+    """Take down what this run has started if the block fails. All workers go with a head that this run has started.
 
     A terminal that is lost while the server loads is no failure: the load goes on, and the next `up` waits for it.
     """
@@ -202,7 +202,8 @@ def _undone_on_failure(settings: Settings, keep: bool) -> Iterator[Started]:
                 say("What this run has started is taken down again.")
                 if started.server and not started.head:  # with the head's container the server ends at once
                     _stop_server()
-                say(*_take_nodes_down(settings, sorted(started.workers), settings["HEAD_NODE_IP"], started.head))
+                workers = workers if started.head else sorted(started.workers)
+                say(*_take_nodes_down(settings, workers, settings["HEAD_NODE_IP"], started.head))
             if isinstance(error, KeyboardInterrupt):
                 raise Exit("Ctrl-C: up has ended.", code=130) from None
             raise
@@ -218,13 +219,7 @@ def _bring_up_nodes(settings: ModelSettings, net: Network, workers: Sequence[str
     def bring_up_worker(host: str) -> None:
         command = worker_up_command(settings, host)
         say(command.text)
-        try:
-            output = _run_there(host, command, seconds)
-        except Exit as error:
-            # If only the connection was lost, the node may come up all the same. It is ours, because its head is.
-            if started.head and error.code in (SSH_FAILED, 128 + signal.SIGKILL):
-                started.workers.add(host)
-            raise
+        output = _run_there(host, command, seconds)
         if re.search("^started [0-9a-f]{64}$", output, re.MULTILINE):
             started.workers.add(host)
 
@@ -275,18 +270,17 @@ def down_commands(settings: Settings) -> list[Command]:
 
 def take_down(settings: Settings) -> None:
     """Stop the server, and remove the containers of the head and of every worker."""
-    found = engine.node_container()
+    found, head_ip = engine.node_container(), settings["HEAD_NODE_IP"]
     if found is not None:
         guards.is_head(found)
-    elif not is_own_address(settings["HEAD_NODE_IP"]):
+        head_ip = guards.head_of(found)  # the workers have it from the shell that brought the nodes up
+        if found.status == "running":
+            _stop_server()
+    elif not is_own_address(head_ip):
         raise Exit(
-            f"This host is not the head: HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is "
-            f"{settings['HEAD_NODE_IP']}. Type it there; for this node alone: inv down --here"
+            f"This host is not the head: HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {head_ip}. Type it there; "
+            "for this node alone: inv down --here"
         )
-    if found is not None and found.status == "running":
-        _stop_server()
-    # The shell that brought the nodes up may have set another HEAD_NODE_IP. The workers know the head by that one.
-    head_ip = guards.head_of(found) if found is not None else settings["HEAD_NODE_IP"]
     if failures := _take_nodes_down(settings, settings.workers(), head_ip, this_node=True):
         raise Exit(
             "\n".join(failures) + "\nThese nodes may still be up; the others are down. "

@@ -29,18 +29,16 @@ from cluster.settings import Settings
 PROBE_S = 10
 HOOK_S = 300
 DAY_S = 24 * 3600
-# The kinds of look that are no success and never count as a failure, in words.
+# The kinds of look that count neither as a success nor as a failure, each with its words.
 UNCOUNTED = {"busy": "busy", "key": "key wrong", "odd": "odd answer", "away": "no network here"}
 
 
 def watch_api(settings: Settings, url: str | None) -> None:
     """Probe the server at url every WATCH_INTERVAL_S seconds and print what changes, until Ctrl-C or SIGTERM.
 
-    Raises Exit for a url, a key or a hook that cannot be used.
+    Raises Exit for a url or a hook that cannot be used.
     """
     url, key = checked_url(url), settings.get("VLLM_API_KEY")
-    if key and not key.isascii():
-        raise Exit("VLLM_API_KEY has letters that an HTTP header cannot carry; it takes ASCII.")
     every, failures, hang = (int(settings[name]) for name in ("WATCH_INTERVAL_S", "WATCH_FAILURES", "HANG_S"))
     outage, hook = Outage(failures, hang), configured_hook(settings)
     hook.check()
@@ -70,9 +68,10 @@ def act(outage: Outage, hook: Hook, url: str, look: Look) -> None:
 
 def checked_url(url: str | None) -> str:
     """Return the url without a slash at its end. Raises Exit unless it is http(s)://HOST[:PORT]."""
-    with suppress(ValueError):  # urlsplit refuses a port or an IPv6 address that cannot be one
-        if re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?/?", url or "") and urlsplit(url or "").port != 0:
-            return (url or "").rstrip("/")
+    url = (url or "").removesuffix("/")
+    with suppress(ValueError):  # from urlsplit, for a port or an IPv6 address that cannot be one
+        if re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?", url) and urlsplit(url).port != 0:
+            return url
     # The url is not repeated: it may hold a password.
     raise Exit("--url is missing, or no server's address: it takes http://HOST:PORT or https://HOST:PORT, no more.")
 
@@ -92,7 +91,7 @@ def _iso(epoch: float) -> str:
 class Look:
     """One look at the server. `kind` is well, failed, silent (no answer in time), hung, or one of UNCOUNTED.
 
-    `moving` are the metrics that move while the server works; None if they are unknown.
+    `moving`: the metrics that move while the server works; None if they are unknown.
     """
 
     kind: str
@@ -126,7 +125,7 @@ def probe(url: str, key: str | None, seconds: float = PROBE_S) -> Look:
 
 @dataclass
 class Outage:
-    """The looks so far. `failures` in a row make an outage. Silence is a hang if nothing moves for `hang` seconds."""
+    """A count of looks. `failures` in a row make an outage. Silence is a hang if nothing moves for `hang` seconds."""
 
     failures: int
     hang: float
@@ -191,9 +190,9 @@ class Outage:
 
 @dataclass(frozen=True)
 class Hook:
-    """The operator's command (no words: no hook), the file that remembers its runs, and how seldom it must run.
+    """The operator's command, and the file that remembers its runs. Without words there is no hook.
 
-    `cooldown` is seconds between two runs, `most` the most runs in 24 hours.
+    `cooldown`: the least seconds between two runs. `most`: the most runs in 24 hours.
     """
 
     words: tuple[str, ...]

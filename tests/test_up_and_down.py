@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_starts_nothing(site, tmp_path):
     assert site.did == []
 
 
-@pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "remove"])])
+@pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "old down", "remove"])])
 def test_a_server_that_could_not_start_stops_no_other_server(there, undone, site):
     """`up` takes down the nodes that it has started. It stops no server, because another run may have started one."""
     site.head = there
@@ -255,7 +255,7 @@ def test_a_signal_takes_down_what_was_started(where, number, code, site):
     with pytest.raises(SystemExit) as ended:
         site.up()
     assert ended.value.code == code
-    assert site.undone == ([] if where == "head" else ["new down", "remove"])
+    assert site.undone == ([] if where == "head" else ["new down", "old down", "remove"])
 
 
 def test_an_ignored_sighup_stays_ignored(site):
@@ -282,7 +282,7 @@ def test_ctrl_c_waits_for_the_workers(site):
     site.steps["new up"] = pressed
     with pytest.raises(Exit, match="Ctrl-C") as ended:
         site.up()
-    assert (ended.value.code, site.undone) == (130, ["new down", "remove"]) and "server" not in site.did
+    assert (ended.value.code, site.undone) == (130, ["new down", "old down", "remove"]) and "server" not in site.did
     assert heard == [signal.SIG_IGN]
 
 
@@ -295,9 +295,9 @@ def test_a_server_that_this_run_started_is_stopped(site):
     assert site.undone == ["new down", "stop"] and site.did.index("stop") < site.did.index("new down")
 
 
-@pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "remove"])])
+@pytest.mark.parametrize(("there", "undone"), [(True, ["new down"]), (False, ["new down", "old down", "remove"])])
 def test_a_worker_that_fails_takes_down_what_this_run_started(there, undone, site):
-    """The head and the other workers go, but no node that was up before. The message names the node that failed."""
+    """With its own head `up` takes down all workers, otherwise only its own. The message names the node that failed."""
     site.head = there
     site.fails("old up", "The engine is down.")
     with pytest.raises(Exit, match=r"^old: `inv worker .*\n  The engine is down\.$"):
@@ -311,7 +311,7 @@ def test_all_workers_that_fail_are_named(site):
     site.fails("new up", "no docker")
     with pytest.raises(Exit, match=r"(?s)^old: .*no image.*\nnew: .*no docker"):
         site.up()
-    assert site.undone == ["remove"]
+    assert site.undone == ["new down", "old down", "remove"]
 
 
 @pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
@@ -326,21 +326,21 @@ def test_a_worker_that_may_be_of_another_run_is_left(code, site):
 
 @pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
 def test_a_worker_that_may_come_up_goes_with_its_head(code, site):
-    """This run has started the head, so a worker that comes up for that head belongs to this run too."""
+    """This run has started the head, so every worker of that head is taken down with it."""
     site.fails("new up", "Broken pipe", code)
     with pytest.raises(Exit, match="Broken pipe"):
         site.up()
-    assert site.undone == ["new down", "remove"]
+    assert site.undone == ["new down", "old down", "remove"]
 
 
 @pytest.mark.parametrize("said", ["", ID, f"started {ID[:12]}", f"has started {ID}0"])
 def test_only_a_worker_that_says_so_was_started(said, site):
     """Only the line `started ID` counts, because a login may print anything else."""
-    site.workers["new"] = said
+    site.head, site.workers["new"] = True, said
     site.fails("follow")
     with pytest.raises(Exit):
         site.up()
-    assert site.undone == ["remove"]
+    assert site.undone == ["stop"]
 
 
 @pytest.mark.parametrize("where", ["old up", "follow"])
@@ -358,7 +358,7 @@ def test_a_worker_that_stays_up_hides_no_reason(site, capsys):
     site.fails("new down", "No route to host", up.SSH_FAILED)
     with pytest.raises(Exit, match="STUCK in weights"):
         site.up()
-    assert site.undone == ["new down", "remove"] and "new: `inv down" in capsys.readouterr().err
+    assert site.undone == ["new down", "old down", "remove"] and "new: `inv down" in capsys.readouterr().err
 
 
 def test_a_head_that_cannot_be_taken_down_hides_no_reason(site):

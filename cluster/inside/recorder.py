@@ -36,9 +36,9 @@ REQUESTS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 def processor_time(wanted):
-    """Count the wanted processes, and add up the seconds of processor time of them and their descendants.
+    """Return the number of wanted processes, and the seconds of processor time that they and their descendants took.
 
-    The descendants count because a rank that waits for a compiler is at work.
+    Descendants are included because a rank that waits for a compiler is at work.
     """
     found = {one.pid: one.info for one in psutil.process_iter(["name", "ppid", "cpu_times"])}
     family = {pid for pid, info in found.items() if wanted(pid, info["name"])}
@@ -56,7 +56,7 @@ class Gauge:
         for hca in filter(None, os.environ.get("NCCL_IB_HCA", "").split(",")):
             names += [os.path.basename(path) for path in glob.glob(f"/sys/class/infiniband/{hca}/device/net/*")]
         self.interfaces = sorted(set(names) - {""})
-        self.gpu, self.gpu_seen = None, 0.0
+        self.gpu = None
         # A thread, because a driver that hangs must not stop the looks at the memory.
         threading.Thread(target=self.follow_gpu, daemon=True).start()
 
@@ -64,25 +64,23 @@ class Gauge:
         return psutil.virtual_memory().available
 
     def look(self):
-        # vLLM's executors call a rank RayWorkerWrapper (the older) or RayWorkerProc, and Ray makes that its title.
+        # A rank's class in vLLM is RayWorkerWrapper (the older) or RayWorkerProc, and Ray names the process after it.
         ranks, seconds = processor_time(lambda _, name: name.startswith("ray::RayWorker"))
         links = psutil.net_if_stats()
         return {
             "available": self.available(),
             "ranks": ranks,
             "cpu": seconds,
-            "gpu": self.gpu if time.monotonic() - self.gpu_seen < 3 * GPU_S else None,
+            "gpu": self.gpu,
             "down": [name for name in self.interfaces if name not in links or not links[name].isup],
         }
 
     def follow_gpu(self):
         words = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
         while True:
-            try:
+            self.gpu = None  # unknown while nvidia-smi runs: a driver that hangs must not leave the figure before
+            with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
                 self.gpu = int(subprocess.run(words, capture_output=True, text=True, timeout=GPU_S).stdout.split()[0])
-            except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-                self.gpu = None  # unknown, which is not idle
-            self.gpu_seen = time.monotonic()
             time.sleep(GPU_S)
 
 
@@ -110,14 +108,14 @@ class Stillness:
         self.marks, self.moved, self.seen = {}, {}, {}
 
     def see(self, thing, value, least):
-        """Note a thing, which moves if its value is `least` or more from where it last moved. None: not seen."""
+        """Note a value. A move is a difference of `least` or more from the value of the last move. None: not seen."""
         now = time.monotonic()
         if value is None or thing not in self.marks or abs(value - self.marks[thing]) >= least:
             self.marks[thing], self.moved[thing] = value or 0, now
         self.seen[thing] = now
 
     def see_cpu(self, thing, value):
-        """Note seconds of processor time, whose rate counts, over CPU_S or more."""
+        """Note seconds of processor time. They move if BUSY_CPU of a processor or more was used, over CPU_S or more."""
         now = time.monotonic()
         before, then = self.marks.get(thing, (None, 0))
         if value is None or before is None or value < before:
@@ -143,7 +141,7 @@ class Stillness:
 
 
 class Counters:
-    """The seconds for which the API's counters have not moved, and for which requests waited or nobody answered.
+    """The seconds for which the API's counters have not moved, and for which requests waited or the API was silent.
 
     Both are needed to call a server hung, because the counters of an idle server do not move either.
     """
@@ -204,7 +202,7 @@ def say(text):
 
 
 def keep(file, value):
-    with contextlib.suppress(OSError):  # a full disk must not end the memory guard
+    with contextlib.suppress(OSError):  # as in say
         with open(f"{file}.new", "w") as opened:
             json.dump(value, opened)
         os.replace(f"{file}.new", file)
