@@ -36,9 +36,11 @@ UNCOUNTED = {"busy": "busy", "key": "key wrong", "odd": "odd answer", "away": "n
 def watch_api(settings: Settings, url: str | None) -> None:
     """Probe the server at url every WATCH_INTERVAL_S seconds and print what changes, until Ctrl-C or SIGTERM.
 
-    Raises Exit for a url or a hook that cannot be used.
+    Raises Exit for a url, a key or a hook that cannot be used.
     """
     url, key = checked_url(url), settings.get("VLLM_API_KEY")
+    if key and not key.isascii():
+        raise Exit("VLLM_API_KEY has letters that an HTTP header cannot carry; it takes ASCII.")
     every, failures, hang = (int(settings[name]) for name in ("WATCH_INTERVAL_S", "WATCH_FAILURES", "HANG_S"))
     outage, hook = Outage(failures, hang), configured_hook(settings)
     hook.check()

@@ -384,3 +384,11 @@ def test_a_sigterm_ends_the_watch_in_order(operator, capfd):
     hung = "after 10 failures: no hook; hung after 300 s"
     assert events[0] == f"started: {url} every 30 s; {hung}" and events[1] == "well" and events[-1] == "stopped"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_key_that_cannot_be_sent_is_refused(operator):
+    """The watch does not start, and the message does not repeat the key."""
+    operator.setenv("VLLM_API_KEY", "ключ")
+    with pytest.raises(Exit, match="VLLM_API_KEY has letters") as refused:
+        watch_api(load_settings(), "http://head:8000")
+    assert "ключ" not in refused.value.message
