@@ -106,7 +106,10 @@ def tell_inspection(found: Inspection, allowed: Sequence[str] = ()) -> None:
         say(f"{mark} {one.rule}: {one.text}")
     rules = dict.fromkeys(one.rule for one in found.findings if one.refuses)
     if passed := [rule for rule in rules if rule in allowed]:
-        say(f"PASSED OVER by --allow: {', '.join(passed)}")
+        from rich.console import Console
+
+        text = f"PASSED OVER by --allow: {', '.join(passed)}"
+        Console(stderr=True, highlight=False).print(text, style="bold red", markup=False)
     if refused := [rule for rule in rules if rule not in allowed]:
         raise Exit(f"Nothing was loaded. Mend what was refused, or accept the risk: --allow {','.join(refused)}")
 

@@ -1,8 +1,8 @@
 """Print the facts of every node as JSON: probe.py KEY NAME..., in the head's container.
 
 `probe.py --here KEY NAME...` prints the facts of this machine, and needs neither Ray nor a container. The environment
-has vLLM's and NCCL's variables, and those called NAME. A secret is printed as its hash with KEY. A fact that cannot be
-asked is {"unknown": REASON}, so that nobody takes the fact for fine.
+has vLLM's and NCCL's variables, and the variables called NAME. A secret is printed as its hash with KEY. A fact that
+cannot be asked is {"unknown": REASON}, so that no rule takes it for fine.
 """
 
 import fcntl
@@ -111,7 +111,7 @@ def facts(key, names):
 
 
 class Asker:
-    # An actor, because Ray starts two processes on each node for a task. Their start is nearly all that a probe costs.
+    # Ray starts one process on each node for an actor and two for a task. A probe takes little longer than their start.
 
     def facts(self, key, names):
         return facts(key, names)
