@@ -17,6 +17,8 @@ import pytest
 from cluster.command import run
 from cluster.server import ask_server, server_runs, stop_command
 
+# Each test starts real processes and waits for them.
+pytestmark = pytest.mark.rehearsal
 SCRIPT = Path(__file__).resolve().parent.parent / "cluster/inside/serve.sh"
 PR_SET_CHILD_SUBREAPER = 36
 
