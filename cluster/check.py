@@ -82,8 +82,8 @@ def _occupied(server: Served, nodes: Sequence[Node]) -> str:
     left = [f"{one.address} {in_gib(_memory(one).available)} GiB" for one in nodes]
     return (
         f"A server runs: {server.model}, {server.context:,} tokens, GPU_MEM_UTIL {share} on each of "
-        f"{server.world_size} nodes. Still available: {', '.join(left)}. The memory rules are judged only without a "
-        "server. For that: inv stop; then check again."
+        f"{server.world_size} nodes. Still available: {', '.join(left)}. The memory rules were not "
+        "judged, because they count a running server twice. To judge them: inv stop; then check again."
     )
 
 
