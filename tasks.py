@@ -14,7 +14,7 @@ from cluster import cleanup as leftovers
 from cluster import guards, image, node, server
 from cluster import plan as planned
 from cluster import token as tokens
-from cluster.command import Command, run, say, show, tell
+from cluster.command import Command, become, run, say, show, tell
 from cluster.models import Model, find_model, known_models
 from cluster.repository import check_repository
 from cluster.settings import ModelSettings, Settings, load_settings
@@ -269,7 +269,13 @@ def _refuse_dry(c: Context) -> None:
 
 
 def _bring_up(c: Context, commands: Sequence[Command], guard: Callable[[], None]) -> None:
-    if not _dry(c, *commands) and (started := node.bring_node_up(commands, guard)):
+    if _dry(c, *commands):
+        return
+    if commands[-1].log is None:
+        become(node.prepare_node(commands, guard))
+    from cluster.detached import bring_node_up
+
+    if started := bring_node_up(commands, guard):
         tell(f"started {started}")  # `inv up` reads this line to know which nodes it may take down
 
 

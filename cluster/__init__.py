@@ -6,6 +6,7 @@ they hold.
     repository command models settings               the files, the command lines, and what somebody has set
     links ports engine token node                    one node: its links, its Docker, its container with Ray
     image server plan guards cleanup                 the image, the server in the container, refusals, leftovers
+    detached                                         a node that outlives its terminal
     recorder                                         what every node's recorder has seen
     finding kv_cache memory options agreement        what is found out before a model is loaded
     fabric check                                     the same, with the fabric, in one report

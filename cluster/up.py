@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke import Exit
 
-from cluster import check, engine, guards, load, node, options, recorder, repository, server
+from cluster import check, detached, engine, guards, load, node, options, recorder, repository, server
 from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
 from cluster.node import CONTAINER, Network
 from cluster.ports import is_own_address
@@ -212,9 +212,9 @@ def _undone_on_failure(settings: Settings, workers: Sequence[str], keep: bool) -
 def _bring_up_nodes(settings: ModelSettings, net: Network, workers: Sequence[str], started: Started) -> None:
     """Bring up the head, then all workers at once."""
     head = node.head_commands(settings, net, detached=True)
-    started.head = node.bring_node_up(head, lambda: guards.before_head(settings, net)) is not None
+    started.head = detached.bring_node_up(head, lambda: guards.before_head(settings, net)) is not None
     # The worker waits until it sees the head, then until Ray runs in it.
-    seconds = int(settings["WAIT_HEAD_S"]) + node.START_S + 30
+    seconds = int(settings["WAIT_HEAD_S"]) + detached.START_S + 30
 
     def bring_up_worker(host: str) -> None:
         command = worker_up_command(settings, host)

@@ -6,30 +6,30 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from cluster import engine, node
+from cluster import detached, engine
 from cluster.command import Command
 
 ID = "0123456789abcdef" * 4
-RUNS = f"echo {node.RAY_RUNS}; exec sleep 60"
+RUNS = f"echo {detached.RAY_RUNS}; exec sleep 60"
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Starts a shell script as a node. The test finds its processes in `start.children`; none is left behind."""
-    children, detach = [], node.detach
+    children, detach = [], detached.detach
 
-    def detached(command):
+    def noted(command):
         child, begun = detach(command)
         children.append(child)
         return child, begun
 
     def begin(script):
-        (tmp_path / "node.log").write_text(f"{node.RAY_RUNS}, said the node before\n")
-        return node.start_detached(Command((("sh", "-c", script),), log=tmp_path / "node.log"))
+        (tmp_path / "node.log").write_text(f"{detached.RAY_RUNS}, said the node before\n")
+        return detached.start_detached(Command((("sh", "-c", script),), log=tmp_path / "node.log"))
 
-    monkeypatch.setattr(node, "detach", detached)
+    monkeypatch.setattr(detached, "detach", noted)
     monkeypatch.setattr(engine, "node_container", lambda: SimpleNamespace(id=ID, status="running"))
-    monkeypatch.setattr(node, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.002)))
+    monkeypatch.setattr(detached, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: time.sleep(0.002)))
     begin.children = children
     yield begin
     for child in children:
@@ -51,7 +51,7 @@ def test_the_last_lines_of_a_node_that_ends_are_shown(start):
 
 def test_a_node_that_takes_too_long_is_ended(start, monkeypatch):
     """`docker run` gets SIGTERM, which it passes to the container."""
-    monkeypatch.setattr(node, "START_S", 0.01)
+    monkeypatch.setattr(detached, "START_S", 0.01)
     with pytest.raises(Exit, match=r"(?s)did not start Ray within 0.01 s.*\n  \(nothing\)$"):
         start("exec sleep 60")
     assert start.children[0].returncode == -15
@@ -63,7 +63,7 @@ def test_an_interrupted_start_leaves_no_node(start, monkeypatch):
     def lost(_):
         raise SystemExit(129)
 
-    monkeypatch.setattr(node, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lost))
+    monkeypatch.setattr(detached, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lost))
     with pytest.raises(SystemExit):
         start("exec sleep 60")
     assert start.children[0].returncode == -15
@@ -86,8 +86,8 @@ def test_a_container_that_was_created_but_not_started_is_removed(status, removed
     """`--rm` removes only a container that has run: one that was only created would keep its name."""
     commands = []
     monkeypatch.setattr(engine, "node_container", lambda: SimpleNamespace(id=ID, status=status))
-    monkeypatch.setattr(node, "run", lambda command, whole: commands.append(command))
-    monkeypatch.setattr(node, "START_S", 0.01)
+    monkeypatch.setattr(detached, "run", lambda command, whole: commands.append(command))
+    monkeypatch.setattr(detached, "START_S", 0.01)
     with pytest.raises(Exit, match="did not start Ray"):
         start("exec sleep 60")
     assert len(commands) == removed
@@ -104,12 +104,12 @@ def test_a_node_that_runs_already_is_compared(image, differs, monkeypatch):
     monkeypatch.setattr(engine, "node_container", lambda: running)
     if differs:
         with pytest.raises(Exit, match=r"but was started with another IMAGE\. Type: inv down --here$"):
-            node.runs_already(CONTAINER)
+            detached.runs_already(CONTAINER)
     else:
-        assert node.runs_already(CONTAINER)
+        assert detached.runs_already(CONTAINER)
 
 
 def test_a_stopped_node_is_left_to_the_guard(monkeypatch):
     """The guard decides about a container that does not run."""
     monkeypatch.setattr(engine, "node_container", lambda: SimpleNamespace(status="exited"))
-    assert not node.runs_already(CONTAINER)
+    assert not detached.runs_already(CONTAINER)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from cluster import check, engine, guards, load, node, options, recorder, repository, server, up
+from cluster import check, detached, engine, guards, load, node, options, recorder, repository, server, up
 from cluster.command import ENDINGS, held, run
 from cluster.models import find_model
 from cluster.node import Network
@@ -116,7 +116,7 @@ def site(operator, tmp_path):
     found = SimpleNamespace(settings=settings, nodes=[SimpleNamespace(address="10.0.0.1")], findings=[])
     for module, name, stub in (
         (repository, "repository_digest", lambda: "SHA256"),
-        (node, "bring_node_up", bring_node_up),
+        (detached, "bring_node_up", bring_node_up),
         (guards, "before_launch", lambda _: None),
         (guards, "the_head", lambda _: None),
         (guards, "running_node", lambda _: None),
