@@ -1,6 +1,8 @@
 """Every disagreement of the nodes is found by a rule of its own. A fact that nobody could ask never passes for fine."""
 
 import copy
+import runpy
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from cluster import agreement, options
 from cluster.agreement import Node, find_disagreements
 from cluster.check import RULES
 from cluster.models import find_model
+from cluster.repository import ROOT
 from cluster.settings import load_settings
 
 ENV = {
@@ -24,7 +27,7 @@ ENV = {
 }
 FACTS = {
     "host": "boot/1",
-    "gpus": ["NVIDIA GB10"],
+    "gpus": [{"name": "NVIDIA GB10", "memory": None, "driver": "580.95.05"}],
     "wrapper": {"sha256": "a", "words": "docker run --rm image:1"},
     "repository": "0123456789abcdef",
     "image": "sha256:aa base@sha256:bb",
@@ -164,3 +167,17 @@ def test_an_answer_that_is_no_list_of_nodes_is_an_error(operator, answer):
     head = SimpleNamespace(name="node-ray", attrs={"Config": {"Env": ["NODE_RAY_REPOSITORY=0123"]}})
     with pytest.raises(Exit, match=r"probe\.py in node-ray gave an unreadable answer"):
         agreement.ask_nodes(head)
+
+
+@pytest.mark.parametrize(
+    ("line", "memory", "power"),
+    [(None, None, 12.5), ("NVIDIA H200, 143771, 580.95, 345, [Not Supported], 31", 143771 * 2**20, None)],
+)
+def test_the_gpus_of_a_node(line, memory, power, operator):
+    """The stand-in answers as a GB10, which has no memory of its own. A field that is not supported is None."""
+    script, run = ROOT / "rehearsal/standin/nvidia-smi", subprocess.run
+    stub = ["echo", line] if line else ["sh", str(script)]
+    operator.setattr(subprocess, "run", lambda words, **rest: run(stub if line else [*stub, *words[1:]], **rest))
+    (gpu,) = runpy.run_path(str(ROOT / "cluster/inside/probe.py"))["gpus"]()
+    assert (gpu["memory"], gpu["power_w"]) == (memory, power)
+    assert {"name", "driver", "clock_mhz", "temperature_c"} < set(gpu) and None not in (gpu["name"], gpu["driver"])

@@ -52,11 +52,22 @@ def environment(key, names):
 
 
 def gpus():
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    """Return the GPUs that nvidia-smi names. A field in brackets is not supported and becomes None.
+
+    A GB10 answers [N/A] for its memory, which is the host's.
+    """
+    asked = "name,memory.total,driver_version,clocks.sm,power.draw,temperature.gpu"
+    words = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip()[-200:])
-    return done.stdout.splitlines()
+    told = []
+    for line in done.stdout.splitlines():
+        fields = [None if text.startswith("[") else text for text in line.split(", ")]
+        mib, clock, power, temperature = (text and float(text) for text in (fields[1], *fields[3:]))
+        numbers = {"clock_mhz": clock, "power_w": power, "temperature_c": temperature}
+        told.append({"name": fields[0], "memory": mib and int(mib * 2**20), "driver": fields[2], **numbers})
+    return told
 
 
 def field(path, name):
