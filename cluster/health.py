@@ -23,7 +23,7 @@ from cluster.command import Command, render, run, say, tell
 from cluster.engine import node_container
 from cluster.guards import is_head
 from cluster.node import CONTAINER, log_folder
-from cluster.recorder import FRESH_S, GIB, LOAD, WORK, Recorded, keep_json, kept_json, read_recorded
+from cluster.recorder import FRESH_S, GIB, LOAD, WORK, Recorded, keep_json, kept_json, read_ended, read_recorded
 from cluster.server import Served, ask_server, is_earlier
 from cluster.settings import Settings
 
@@ -82,7 +82,7 @@ class Seen:
 
     `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to the request for one token. `moving`: whether
     the API's counters moved during that request. `waited`: for how many seconds no `inv health` has got a token.
-    `gpus`: for host and container, whether nvidia-smi answered, and its words.
+    `gpus`: for host and container, whether nvidia-smi answered, and its words. `ended`: as read_ended.
     """
 
     server: Served | None = None
@@ -93,6 +93,7 @@ class Seen:
     waited: float = 0
     metrics: Metrics | None = None
     gpus: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
+    ended: tuple[str, str] | None = None
 
     @property
     def facts(self) -> dict[str, Mapping]:
@@ -116,7 +117,10 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
     node_gone = seen.nodes is not None and len(seen.nodes) < server.world_size
     have = f"Ray has {len(seen.nodes or ())} of {server.world_size} nodes ({', '.join(seen.nodes or ()) or 'none'})."
     if not server.alive and node_gone:
-        return Verdict(State.RANK_LOST, f"The server has ended: {have}", BRING_UP_AGAIN)
+        how = seen.ended[0] if seen.ended else "The server has ended:"
+        return Verdict(State.RANK_LOST, f"{how} {have}", BRING_UP_AGAIN)
+    if seen.ended:  # its last processes may take some seconds to end
+        return Verdict(State.NOT_RUNNING, *seen.ended)
     if not server.alive:
         return Verdict(State.NOT_RUNNING, "The server has ended by itself.", "inv logs; then: inv up --model NAME")
     assert answer, "a server that lives has been asked"
@@ -249,7 +253,7 @@ def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) 
     if nodes is None:
         with suppress(Exit):
             nodes = [node.address for node in ask_nodes(head)]
-    return replace(seen, nodes=nodes)
+    return replace(seen, nodes=nodes, ended=read_ended(settings))
 
 
 def _ask_for_token(settings: Settings, server: Served) -> Seen:

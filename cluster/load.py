@@ -20,7 +20,7 @@ from cluster import guards, server
 from cluster.api import Answer, ask_api, generate_token
 from cluster.command import run, say, stream
 from cluster.node import CONTAINER, log_folder
-from cluster.recorder import LOAD, keep_json, kept_json, read_recorded
+from cluster.recorder import LOAD, keep_json, kept_json, read_ended, read_recorded
 from cluster.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ class Load:
         # `docker exec` may end before the server does.
         if over and not server.server_runs(guards.running_node("Type: inv up --model NAME")):
             last = "\n".join(f"  {line}" for line in self.last)
-            raise Exit(f"The server has ended. The last lines of its log:\n{last}\nAll of it: inv logs")
+            how, then = read_ended(self.settings) or ("The server has ended.", "inv logs")
+            raise Exit(f"{how} The last lines of its log:\n{last}\nType: {then}")
         return began
 
     def wait_until_up(self) -> None:
@@ -233,4 +234,6 @@ class Load:
             self.progress.show("first request")
             asking.join(0.2)
         if not answers[0].well:
-            raise Exit(f"The first request was answered {answers[0].status}: {answers[0].text[:300]}\nType: inv health")
+            said = f"The first request was answered {answers[0].status}: {answers[0].text[:300]}"
+            how, then = read_ended(self.settings) or (said, "inv health")
+            raise Exit(f"{how}\nType: {then}")

@@ -61,6 +61,17 @@ def read_lows(settings: Settings) -> dict[str, int]:
     return kept_json(log_folder(settings) / "memory-low.json") or {}
 
 
+def read_ended(settings: Settings) -> tuple[str, str] | None:
+    """Return how the memory guard or the recorder has ended the last server, as a sentence, and what to type then.
+
+    None if neither of them has ended the last server.
+    """
+    if not (told := kept_json(log_folder(settings) / "ended.json")):
+        return None
+    again = "inv up --model NAME" + (", with a lower GPU_MEM_UTIL" if told["by"] == "memory guard" else "")
+    return f"The server was {told['why']}.", f"inv logs, inv memory; then: {again}"
+
+
 def keep_json(file: Path, value: object) -> None:
     """Write value to file as JSON, whole or not at all, so that a reader never finds half of it. Raises OSError."""
     new = file.with_suffix(".new")

@@ -53,12 +53,20 @@ LOST = {
     "without a rank": (facts(ranks=0), [HEAD, WORKER]),
     "without a rank, Ray not asked": (facts(ranks=0), None),
 }
+GUARDED = ("The server was ended by the memory guard: 10.0.0.2 had 3.9 GiB.", "inv up, with a lower GPU_MEM_UTIL")
 CUT = facts(down=["enp1s0f0np0", "enp1s0f1np1"])
 TABLE = {
     "nothing launched": (Seen(), State.NOT_RUNNING, "No server was launched."),
     "ended, every node there": (seen(None, alive=False), State.NOT_RUNNING, "ended by itself"),
     "ended, a node gone": (seen(None, alive=False, nodes=[HEAD]), State.RANK_LOST, "Ray has 1 of 2 nodes (10.0.0.1)"),
     "ended, Ray not asked": (seen(None, alive=False, nodes=None), State.NOT_RUNNING, "ended by itself"),
+    "ended by the guard": (seen(None, alive=False, ended=GUARDED), State.NOT_RUNNING, GUARDED[0]),
+    "ended by the guard, a node gone": (
+        seen(None, alive=False, nodes=[HEAD], ended=GUARDED),
+        State.RANK_LOST,
+        f"{GUARDED[0]} Ray has 1 of 2 nodes (10.0.0.1)",
+    ),
+    "being ended by the guard": (seen(REFUSED, ended=GUARDED), State.NOT_RUNNING, GUARDED[0]),
     "healthy": (seen(), State.HEALTHY, "One token in 0.21 s."),
     "healthy, idle for a day": (seen(record=saw(quiet=86400)), State.HEALTHY, "One token"),
     "rank gone": (seen(SILENT, saw(worker=facts(ranks=0))), State.RANK_LOST, "1 of 2 ranks live; none on 10.0.0.2."),
@@ -277,6 +285,7 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(health, "ask_server", lambda _: Served(True, NOW - 9000, WORDS))
     monkeypatch.setattr(health, "read_recorded", lambda _: looks[-1])
     monkeypatch.setattr(health, "read_metrics", lambda _: None)
+    monkeypatch.setattr(health, "read_ended", lambda _: None)
     monkeypatch.setattr(health, "log_folder", lambda _: tmp_path)
     monkeypatch.setattr(health, "time", SimpleNamespace(time=lambda: now[-1]))
     idle = saw(quiet=86400, waiting=0)

@@ -260,7 +260,20 @@ def test_a_server_that_ends_is_not_waited_for(loading, serving):
     with pytest.raises(Exit, match="The server has ended") as ended:
         loading(lines, looks=9, over=True)
     assert "  line 18\n" in ended.value.message and "line 17" not in ended.value.message
-    assert "  line 29\nAll of it: inv logs" in ended.value.message
+    assert "  line 29\nType: inv logs" in ended.value.message
+
+
+GUARDED = {"at": 1.0, "why": "ended by the memory guard: 10.0.0.2 had 3.9 GiB", "by": "memory guard"}
+LOW = "The server was ended by the memory guard: 10.0.0.2 had 3.9 GiB."
+
+
+def test_a_load_that_the_memory_guard_ended_says_so(loading, serving, folder):
+    """The message has the node and its memory. The next server needs a lower GPU_MEM_UTIL."""
+    serving.now = False
+    (folder / "ended.json").write_text(json.dumps(GUARDED))
+    with pytest.raises(Exit, match=f"^{LOW} The last lines of its log:\n") as ended:
+        loading(["line"], looks=9, over=True)
+    assert ended.value.message.endswith("inv up --model NAME, with a lower GPU_MEM_UTIL")
 
 
 def test_the_log_may_end_before_the_server(loading):
@@ -321,6 +334,13 @@ def test_a_first_request_that_is_refused_fails(first_request):
     """The message has the answer and the next command."""
     with pytest.raises(Exit, match="answered 500: no kernel image\nType: inv health"):
         first_request(Answer(500, "no kernel image", 0.1))
+
+
+def test_a_first_request_that_the_memory_guard_cut_off_says_so(first_request, folder):
+    """The connection ends with the server, and that is not the cause."""
+    (folder / "ended.json").write_text(json.dumps(GUARDED))
+    with pytest.raises(Exit, match=f"^{LOW}\nType: inv logs, inv memory; then: inv up --model NAME, with a lower"):
+        first_request(Answer(None, "Remote end closed connection", 0.1))
 
 
 def test_a_first_request_outlives_the_log(first_request):

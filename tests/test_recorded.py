@@ -50,3 +50,28 @@ def test_a_file_that_cannot_be_read_is_none(text, vitals):
     if text is not None:
         (vitals / "vitals.json").write_text(text)
     assert recorder.read_recorded({}) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (None, None),
+        (
+            {"at": NOW, "why": "ended by the memory guard: 10.0.0.2 had 3.9 GiB", "by": "memory guard"},
+            (
+                "The server was ended by the memory guard: 10.0.0.2 had 3.9 GiB.",
+                "inv logs, inv memory; then: inv up --model NAME, with a lower GPU_MEM_UTIL",
+            ),
+        ),
+        (
+            {"at": NOW, "why": "ended by the recorder: no API server", "by": "recorder"},
+            ("The server was ended by the recorder: no API server.", "inv logs, inv memory; then: inv up --model NAME"),
+        ),
+    ],
+    ids=["nothing", "memory guard", "recorder"],
+)
+def test_what_has_ended_the_server_is_told(told, said, vitals):
+    """The sentence has the reason, and the next command corrects it. Without the file the server ended by itself."""
+    if told:
+        (vitals / "ended.json").write_text(json.dumps(told))
+    assert recorder.read_ended({}) == said

@@ -526,17 +526,17 @@ def recorded(recorder, monkeypatch, tmp_path, capsys):
     ended = []
 
     def record(*looks, least=2.0):
-        left = list(looks)
+        left, told = list(looks), []
         monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
         monkeypatch.setattr(recorder, "ask", lambda _, method: left.pop(0) if method == "look" else {})
         counters = SimpleNamespace(seconds=lambda: {"counters": 45, "waiting": 30})
         monkeypatch.setattr(recorder, "Counters", lambda _: counters)
         monkeypatch.setattr(recorder, "runs", lambda group: group == SERVER and bool(left) and not ended)
-        monkeypatch.setattr(recorder, "end", ended.append)
+        monkeypatch.setattr(recorder, "end", lambda group, *why: ended.append(group) or told.extend(why))
         recorder.record(str(tmp_path / "pid"), str(tmp_path), "http://head", least)
         kept = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         said = capsys.readouterr().out
-        return SimpleNamespace(ended=ended, said=said, looks=len(looks) - len(left), **kept)
+        return SimpleNamespace(ended=ended, told=told, said=said, looks=len(looks) - len(left), **kept)
 
     return record
 
@@ -546,6 +546,7 @@ def test_a_server_without_memory_is_ended(recorded):
     found = recorded(two(), two(available=2 * GIB), two(available=2 * GIB - 1), two())
     assert (found.ended, found.looks) == ([SERVER], 3)
     assert "10.0.0.2 has 2.0 GiB left, less than MEM_ABORT_GIB (2): ending the server" in found.said
+    assert found.told[1:] == ["memory guard", "ended by the memory guard: 10.0.0.2 had 2.0 GiB"]
 
 
 def test_a_limit_of_nothing_ends_nothing(recorded):
@@ -652,10 +653,12 @@ def grouped(recorder, clock, monkeypatch):
     ],
     ids=["ends", "cleans up", "does not listen"],
 )
-def test_a_whole_process_group_is_ended(script, status, grouped, recorder):
-    """The group gets SIGTERM, and SIGKILL after 5 s. A group that has ended already is no error."""
+def test_a_whole_process_group_is_ended(script, status, grouped, recorder, clock, tmp_path):
+    """The group gets SIGTERM, and SIGKILL after 5 s. The reason is kept. A group that has ended already is no error."""
     child = grouped(script, ends=status != -signal.SIGKILL)
     assert recorder.runs(child.pid)
-    recorder.end(child.pid)
+    why = {"by": "recorder", "why": "ended by the recorder: no rank"}
+    recorder.end(child.pid, str(tmp_path), **why)
     assert child.wait(5) == status and not recorder.runs(child.pid)
-    recorder.end(child.pid)
+    recorder.end(child.pid, str(tmp_path), **why)
+    assert json.loads((tmp_path / "ended.json").read_text()) == why | {"at": clock.time()}

@@ -1,8 +1,9 @@
 """Watch every node from the head's container, until the server ends: recorder.py PID_FILE FOLDER URL GIB.
 
 The recorder looks each second. If a node has less than GIB available (0: never) the recorder ends the server, because
-unified memory that runs out hangs the whole machine. FOLDER gets two files: vitals.json has the last look, and for how
-long each thing has not moved; memory-low.json has each node's lowest memory.
+unified memory that runs out hangs the whole machine. FOLDER gets three files: vitals.json has the last look, and for
+how long each thing has not moved; memory-low.json has each node's lowest memory; ended.json has why the recorder has
+ended the server.
 
 `recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
 """
@@ -186,11 +187,13 @@ def runs(group):
     return False
 
 
-def end(group):
-    """Ask a process group to end, and force it after 5 s."""
+def end(group, folder, by, why):
+    """Ask a process group to end, write to ended.json why (`ended by ...`), and force the group after 5 s."""
+    told = {"at": time.time(), "why": why, "by": by}
     for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, number)
+        keep(f"{folder}/ended.json", told)  # after the signal, because a disk may hang
         deadline = time.monotonic() + patience
         while runs(group) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -208,11 +211,12 @@ def keep(file, value):
         os.replace(f"{file}.new", file)
 
 
-def guard_memory(nodes, least, server):
+def guard_memory(nodes, least, server, folder):
     for address, node in nodes.items():
         if node and (free := node["available"] / GIB) < least:
             say(f"{address} has {free:.1f} GiB left, less than MEM_ABORT_GIB ({least:g}): ending the server")
-            return end(server)
+            why = f"ended by the memory guard: {address} had {free:.1f} GiB"
+            return end(server, folder, "memory guard", why)
 
 
 def record(pid_file, folder, url, least):
@@ -226,7 +230,7 @@ def record(pid_file, folder, url, least):
     say(f"watching {', '.join(sorted(gauges))}; {limit}")
     while runs(server):
         nodes, now = ask(gauges, "look"), time.monotonic()
-        guard_memory(nodes, least, server)  # before anything is written: a disk may hang
+        guard_memory(nodes, least, server, folder)  # before anything is written: a disk may hang
         for address, node in nodes.items():
             if node:
                 silent.pop(address, None)

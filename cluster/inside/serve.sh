@@ -17,7 +17,7 @@ log_look_s=${SERVE_LOG_LOOK_S:-60}
 start() { # PROGRAM ARGUMENT...
     exec 9>"$pid.lock" # the server inherits this lock and holds it while it runs, so a second start is refused
     flock -n 9 || { echo "a server runs here already" >&2; exit 1; }
-    rm -f "$logs/vitals.json" "$logs/memory-low.json" # they describe the last server
+    rm -f "$logs/vitals.json" "$logs/memory-low.json" "$logs/ended.json" # they describe the last server
     [ ! -e "$log" ] || mv "$log" "$log.1"
     setsid "$@" </dev/null >>"$log" 2>&1 &
     echo $! >"$pid" # setsid makes this also the id of the server's process group
