@@ -109,8 +109,8 @@ class Seen:
 # --- Deciding --------------------------------------------------------------------------------------------------------
 
 
-def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
-    """Name the first trouble of a cluster. hang and stall are seconds (HANG_S, STALL_S), warn is GiB (MEM_WARN_GIB)."""
+def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
+    """Name the first trouble of a cluster. hang and stall are seconds (HANG_S, STALL_S)."""
     server, answer, recorded = seen.server, seen.answer, seen.recorded
     if server is None:
         return Verdict(State.NOT_RUNNING, "No server was launched.", "inv launch --model NAME")
@@ -131,7 +131,7 @@ def judge(seen: Seen, *, hang: float, stall: float, warn: float) -> Verdict:
         why = f"The API answers {answer.status}: VLLM_API_KEY here is not the key that the server was launched with."
         return Verdict(State.KEY_WRONG, why, "set VLLM_API_KEY in .env, or: inv stop, and launch again")
     if answer.well:
-        return _serving(seen, answer, warn)
+        return _serving(seen, answer)
     if answer.silent:
         return _silent(seen, answer, hang)
     if answer.refused:
@@ -162,10 +162,11 @@ def _without_rank(seen: Seen, recorded: Recorded, answer: Answer, world_size: in
     return rankless + [at for at in unheard if seen.nodes is not None and at not in seen.nodes]
 
 
-def _serving(seen: Seen, answer: Answer, warn: float) -> Verdict:
+def _serving(seen: Seen, answer: Answer) -> Verdict:
+    floor = seen.recorded.floor if seen.recorded else 0
     free = {at: facts["available"] / GIB for at, facts in seen.facts.items()}
-    if low := [f"{at} {gib:.1f} GiB" for at, gib in free.items() if gib < warn]:
-        why = f"The server answers, but less than MEM_WARN_GIB ({warn:g}) is available: {', '.join(low)}."
+    if low := [f"{at} {gib:.1f} GiB" for at, gib in free.items() if gib < floor]:
+        why = f"The server answers, but less than MEM_FLOOR_GIB ({floor:g}) is available: {', '.join(low)}."
         return Verdict(State.MEMORY_LOW, why, "inv memory; a lower GPU_MEM_UTIL leaves the host more")
     if seen.down:
         return Verdict(State.LINKS_DEGRADED, f"The server answers, but {seen.down}.", SHOW_LINKS)
@@ -234,8 +235,8 @@ def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdic
         asked = {"GPU on the host": pool.submit(_ask_gpu), "GPU in the container": pool.submit(_ask_gpu, CONTAINER)}
         seen = _ask_head(settings, head, nodes)
         seen = replace(seen, gpus={place: answer.result() for place, answer in asked.items()})
-    hang, stall, warn = (float(settings[name]) for name in ("HANG_S", "STALL_S", "MEM_WARN_GIB"))
-    return judge(seen, hang=hang, stall=stall, warn=warn), seen
+    hang, stall = (float(settings[name]) for name in ("HANG_S", "STALL_S"))
+    return judge(seen, hang=hang, stall=stall), seen
 
 
 def gpu_command(container: str | None = None) -> Command:

@@ -213,7 +213,8 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     for rule, limit in (("memory-floor", "MEM_FLOOR_GIB"), ("memory-low", "MEM_WARN_GIB")):
         if budget.left < float(settings[limit]) * GIB:
             text = f"{node.name} would keep {budget.left / GIB:.2f} GiB, less than {limit} ({settings[limit]}). "
-            found.append(Finding(rule, text + _proposal(budget, settings, max), refuses=rule == "memory-floor"))
+            keeps = (limit,) if rule == "memory-low" else KEEPS  # a lower limit would propose more than was asked for
+            found.append(Finding(rule, text + _proposal(budget, settings, max, keeps), refuses=rule == "memory-floor"))
             break
     if layout and (largest := layout.largest(budget.cache)) < demand.length:
         fits = f"{settings.launch_line} --max-len {largest}" if largest else "none, whatever the --max-len"
@@ -232,15 +233,24 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     return found
 
 
-def _proposal(budget: Budget, settings: ModelSettings, choose: Callable[[list[float]], float]) -> str:
-    """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and leaves the host enough."""
-    most, keep = (float(settings[name]) for name in ("GPU_MEM_UTIL_MAX", "MEM_WARN_GIB"))
-    lowest, highest = budget.reservation - budget.cache, budget.reservation + budget.left - keep * GIB
+KEEPS = ("MEM_WARN_GIB", "MEM_FLOOR_GIB")
+
+
+def _proposal(
+    budget: Budget, settings: ModelSettings, choose: Callable[[list[float]], float], keeps: Sequence[str] = KEEPS
+) -> str:
+    """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and leaves the host enough.
+
+    keeps: the limits of which the host is left at least one, tried in this order.
+    """
+    most, lowest = float(settings["GPU_MEM_UTIL_MAX"]), budget.reservation - budget.cache
     if layout := budget.layout:
         lowest += max(layout.least(budget.demand.length), budget.sequences * layout.block_bytes)
     shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]
-    if fitting := [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]:
-        return f"Type: GPU_MEM_UTIL={choose(fitting):.2f} {settings.launch_line}"
+    for keep in (float(settings[name]) for name in keeps):
+        highest = budget.reservation + budget.left - keep * GIB
+        if fitting := [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]:
+            return f"Type: GPU_MEM_UTIL={choose(fitting):.2f} {settings.launch_line}"
     return (
         f"No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g}) holds the cache and leaves the host {keep:g} GiB. "
         f"To see what else runs on {budget.node.name}, type there: free -g"

@@ -32,11 +32,13 @@ class Recorded:
     nodes: by address the facts of each node, or None if it did not answer. The facts are `available` (bytes), `ranks`
     (how many), `cpu` (seconds of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
     still: for how many seconds each thing has not moved. silent: for how many seconds a node has not answered.
+    floor: the MEM_FLOOR_GIB that the server was launched with.
     """
 
     nodes: Mapping[str, Mapping | None]
     still: Mapping[str, float]
     silent: Mapping[str, float] = field(default_factory=dict)
+    floor: float = 0
 
     @property
     def ranks(self) -> int:
@@ -52,7 +54,8 @@ def read_recorded(settings: Settings) -> Recorded | None:
     told = kept_json(log_folder(settings) / "vitals.json")
     # A clock that was set back makes the age negative.
     if told and -1 <= time.time() - told["at"] <= FRESH_S:
-        return Recorded(told["nodes"], told["quiet"], told["silent"])
+        floor = told["floor"] if "floor" in told else float(settings["MEM_FLOOR_GIB"])  # a recorder of before an update
+        return Recorded(told["nodes"], told["quiet"], told["silent"], floor)
     return None
 
 
@@ -100,7 +103,6 @@ def watch_memory(settings: Settings, file: str | None) -> None:
 
     Raises Exit if the file cannot be written, or Ray does not answer any more.
     """
-    warn = float(settings["MEM_WARN_GIB"])
     if lows := read_lows(settings):
         told = ", ".join(f"{address} {left / GIB:.1f} GiB" for address, left in lows.items())
         say(f"Lowest while the last server ran: {told}")
@@ -108,10 +110,11 @@ def watch_memory(settings: Settings, file: str | None) -> None:
         with open(file or os.devnull, "w", buffering=1) as rows, stream(memory_command()) as lines:
             print("time,node,available_bytes", file=rows)
             for line in lines:
-                now = time.strftime("%H:%M:%S")
+                now, served = time.strftime("%H:%M:%S"), read_recorded(settings)
+                floor = served.floor if served else float(settings["MEM_FLOOR_GIB"])
                 for address, left in sorted(json.loads(line).items()):
                     available = "unknown" if left is None else f"{left / GIB:.1f}"
-                    low = "  LOW" if left is None or left < warn * GIB else ""
+                    low = "  LOW" if left is None or left < floor * GIB else ""
                     say(f"{now}  {address:<15}  {available:>7} GiB available{low}")
                     print(now, address, left or "", sep=",", file=rows)
     except OSError as error:

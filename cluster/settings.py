@@ -131,9 +131,9 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "HOST": ("0.0.0.0", Form("an IP address to listen on", lambda text: str(ip_address(text)))),
     "PORT": ("8000", Form("a port, 1 to 65535", _whole(1, 65535))),
     "GPU_MEM_UTIL_MAX": ("0.85", SHARE),
-    "MEM_WARN_GIB": ("6", GIB),
-    "MEM_FLOOR_GIB": ("3", GIB),
-    "MEM_ABORT_GIB": ("2", GIB),
+    "MEM_WARN_GIB": ("12", GIB),
+    "MEM_FLOOR_GIB": ("5", GIB),
+    "MEM_ABORT_GIB": ("4", GIB),
     "STALL_S": ("600", PATIENCE),
     "HANG_S": ("300", PATIENCE),
     "WATCH_INTERVAL_S": ("30", PATIENCE),
@@ -281,7 +281,7 @@ def load_settings(
     found = {name: setting for name in sorted(knobs | CORE.keys()) if (setting := _find(name, sources, form(name)))}
     if model and (lacking := sorted(knobs - found.keys())):
         raise Exit(f"{model.folder}/{model.size}.env lacks {', '.join(lacking)}, which {model.serve} uses.")
-    _check_utilization(found)
+    _check_limits(found)
     listed = {name: _find(name, sources, ANY) for name in _forward_list(sources)}
     forward = {name: setting for name, setting in listed.items() if setting and setting.value}
     empty = [name for name in listed if name not in forward]
@@ -333,13 +333,18 @@ def _find(name: str, sources: Sources, of_form: Form) -> Setting | None:
         raise Exit(f"{name} ({origin}) is {got}; it takes {takes}.") from None
 
 
-def _check_utilization(found: Mapping[str, Setting]) -> None:
+def _check_limits(found: Mapping[str, Setting]) -> None:
     asked, most = found.get("GPU_MEM_UTIL"), found["GPU_MEM_UTIL_MAX"]
     if asked and Decimal(asked.value) > Decimal(most.value):
         raise Exit(
             f"GPU_MEM_UTIL ({asked.origin}) is {asked.value}; it takes a plain decimal above 0 and at most "
             f"GPU_MEM_UTIL_MAX, which is {most.value} ({most.origin}): the host lives in the same memory."
         )
+    limits = [(name, found[name]) for name in ("MEM_ABORT_GIB", "MEM_FLOOR_GIB", "MEM_WARN_GIB")]
+    abort, floor, warn = (Decimal(limit.value) for _, limit in limits)
+    if floor > warn or (abort and abort >= floor):
+        told = ", ".join(f"{name} is {limit.value} ({limit.origin})" for name, limit in limits)
+        raise Exit(f"{told}. The first must be below the second or 0, and the second must not be above the third.")
 
 
 def _strays(shell: Mapping[str, str], site_values: Mapping[str, str], used: set[str]) -> list[str]:

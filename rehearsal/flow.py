@@ -115,8 +115,7 @@ class Flow:
             raise RehearsalError(f"Ray lacks a node: {self._health().stderr}")
 
     def _health(self) -> subprocess.CompletedProcess:
-        # MEM_WARN_GIB is 0, because all stand-ins share the memory of one machine.
-        return self.head.run(*INV, "health", env={"VLLM_API_KEY": self.key, "MEM_WARN_GIB": "0"}, timeout=60)
+        return self.head.run(*INV, "health", env={"VLLM_API_KEY": self.key}, timeout=60)
 
     def _type(self, host: Host, *words: str, **env: str) -> None:
         """Run a task on a host, and show the lines that the task prints."""

@@ -172,16 +172,16 @@ def test_more_of_anything_never_leaves_more():
 
 def test_mtp_on_an_h100_is_refused_before_the_load():
     """vLLM takes 1024 sequences against about 840 blocks. The refusal has the number and the utilization that fit."""
-    (finding,) = findings(MTP, H100)
+    free = {"MEM_ABORT_GIB": "0", "MEM_FLOOR_GIB": "0", "MEM_WARN_GIB": "0"}
+    (finding,) = findings(MTP, H100, **free)
     fits = budget(MTP, H100).cache // budget(MTP, H100).layout.block_bytes
     assert finding.rule == "memory-sequences" and f"MAX_NUM_SEQS={fits} inv launch" in finding.text
-    assert rules(replace(MTP, sequences=fits), H100) == []
-    assert rules(replace(MTP, sequences=fits + 1), H100) == ["MEMORY-SEQUENCES"]
+    assert rules(replace(MTP, sequences=fits), H100, **free) == []
+    assert rules(replace(MTP, sequences=fits + 1), H100, **free) == ["MEMORY-SEQUENCES"]
     assert "GPU_MEM_UTIL=0.80 inv launch" in finding.text
-    free = {"MEM_FLOOR_GIB": "0", "MEM_WARN_GIB": "0"}
     assert rules(replace(MTP, utilization=0.80), H100, **free) == []
     assert rules(replace(MTP, utilization=0.79), H100, **free) == ["MEMORY-SEQUENCES"]
-    assert rules(replace(MTP, eager=True), H100) == []
+    assert rules(replace(MTP, eager=True), H100, **free) == []
 
 
 @pytest.mark.parametrize(
@@ -219,15 +219,15 @@ def test_no_utilization_is_proposed_that_does_harm():
     ("available", "expected"),
     [
         (117.4, []),
-        (105.3, []),
-        (105.2, ["memory-low"]),
-        (102.3, ["memory-low"]),
-        (102.2, ["MEMORY-FLOOR"]),
+        (111.3, []),
+        (111.2, ["memory-low"]),
+        (107.3, ["memory-low"]),
+        (107.2, ["MEMORY-FLOOR"]),
         (1, ["MEMORY-FLOOR"]),
     ],
 )
 def test_the_memory_that_the_host_keeps(available, expected):
-    """91.3 GiB are reserved and 8.0 taken beside them. Below 6 GiB left there is a warning, below 3 a refusal."""
+    """91.3 GiB are reserved and 8.0 taken beside them. Below 12 GiB left there is a warning, below 8 a refusal."""
     assert rules(node=replace(SPARK, available=int(available * GIB))) == expected
 
 
@@ -235,9 +235,26 @@ def test_the_utilization_that_spares_the_host():
     """The proposal leaves the host enough, and the next hundredth would not."""
     node = replace(SPARK, available=int(100 * GIB))
     (finding,) = findings(node=node)
-    assert "GPU_MEM_UTIL=0.70 inv launch" in finding.text
-    assert rules(replace(ARTICLE, utilization=0.70), node) == []
-    assert rules(replace(ARTICLE, utilization=0.71), node) == ["memory-low"]
+    assert "GPU_MEM_UTIL=0.65 inv launch" in finding.text
+    assert rules(replace(ARTICLE, utilization=0.65), node) == []
+    assert rules(replace(ARTICLE, utilization=0.66), node) == ["memory-low"]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nemotron", []), ("qwen-30b", []), ("qwen-122b", ["memory-low"])])
+def test_the_articles_lines_pass_on_a_spark(name, expected):
+    """The article served all three on nodes with 117.4 GiB available. qwen-122b leaves 6 GiB, which is a warning."""
+    asked = load_settings(find_model(name), shell={"ENV_FILE": "", "HOME": "/home/operator"})
+    _, found = memory_budgets(asked, [SPARK], "0.21.0", None)
+    assert [one.rule.upper() if one.refuses else one.rule for one in found] == expected
+
+
+def test_a_proposal_leaves_the_floor_where_the_warning_cannot_be_kept():
+    """A load with a warning beats a refusal. A warning itself proposes only what would silence the warning."""
+    tight = replace(SPARK, available=int(61 * GIB))
+    (refusal,) = findings(replace(ARTICLE, sequences=1), tight)
+    assert refusal.rule == "memory-floor" and "GPU_MEM_UTIL=0.36 inv launch" in refusal.text
+    (warning,) = findings(replace(ARTICLE, sequences=1, utilization=0.36), tight)
+    assert warning.rule == "memory-low" and "GPU_MEM_UTIL=" not in warning.text
 
 
 @pytest.mark.parametrize("sizes", [(None, 1), (1, None), (None, None), (0, 0)])

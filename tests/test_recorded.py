@@ -11,7 +11,7 @@ from cluster.recorder import FRESH_S
 NOW = 1_700_000_000.0
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
 STILL = {"cpu 10.0.0.1": 9, "cpu 10.0.0.2": 7, "memory 10.0.0.1": 5, "memory 10.0.0.2": 6, "server_cpu": 1}
-VITALS = {"at": NOW - 2, "nodes": {HEAD: {"ranks": 2}, WORKER: None}, "quiet": STILL, "silent": {}}
+VITALS = {"at": NOW - 2, "nodes": {HEAD: {"ranks": 2}, WORKER: None}, "quiet": STILL, "silent": {}, "floor": 8}
 
 
 @pytest.fixture
@@ -28,6 +28,13 @@ def test_the_recorders_file_is_read(vitals):
     found = recorder.read_recorded({})
     assert found.ranks == 2
     assert (found.quiet("cpu"), found.quiet("memory"), found.quiet("cpu", "memory")) == (7, 5, 5)
+
+
+def test_the_floor_is_that_of_the_launch(vitals):
+    """`inv health` is typed without a model, so the model's limit comes from the recorder, if the recorder has it."""
+    for kept, floor in ((VITALS, 8), ({name: VITALS[name] for name in VITALS if name != "floor"}, 5)):
+        (vitals / "vitals.json").write_text(json.dumps(kept))
+        assert recorder.read_recorded({"MEM_FLOOR_GIB": "5"}).floor == floor
 
 
 def test_a_thing_without_a_look_has_not_been_quiet(vitals):

@@ -195,6 +195,14 @@ def test_more_memory_than_the_host_can_give_is_refused(settle):
         settle(GPU_MEM_UTIL_MAX="0.7")
 
 
+@pytest.mark.parametrize(("abort", "floor", "warn"), [("5", "5", "12"), ("4", "13", "12"), ("6", "0", "12")])
+def test_limits_of_memory_in_the_wrong_order_are_refused(abort, floor, warn, settle):
+    """A guard at the floor would end what a launch allows. A MEM_ABORT_GIB of 0 means no guard."""
+    with pytest.raises(Exit, match=rf"^MEM_ABORT_GIB is {abort} \(shell\), .* below the second or 0"):
+        settle(MEM_ABORT_GIB=abort, MEM_FLOOR_GIB=floor, MEM_WARN_GIB=warn)
+    assert settle(MEM_ABORT_GIB="0", MEM_FLOOR_GIB="0", MEM_WARN_GIB="0")["MEM_FLOOR_GIB"] == "0"
+
+
 # --- .env ---
 
 

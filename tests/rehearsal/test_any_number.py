@@ -12,8 +12,7 @@ from rehearsal.hosts import INV
 from rehearsal.rig import Rig
 
 pytestmark = pytest.mark.rehearsal
-# Four hosts share the memory of one machine, so a warning about one of them would mean nothing.
-FLEET = {"VLLM_API_KEY": KEY, "TP_SIZE": "4", "WORKER_HOSTS": "spark-2,spark-3,spark-4", "MEM_WARN_GIB": "1"}
+FLEET = {"VLLM_API_KEY": KEY, "TP_SIZE": "4", "WORKER_HOSTS": "spark-2,spark-3,spark-4"}
 
 
 @pytest.fixture

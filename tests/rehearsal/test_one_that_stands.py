@@ -49,7 +49,8 @@ def test_a_link_that_went_down(pair, rig):
 
 def test_too_little_memory_before_a_load(pair):
     """A high MEM_FLOOR_GIB makes the memory too small. The refusal shows the computation, and nothing runs."""
-    done = inv(pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_FLOOR_GIB="999")
+    high = {"MEM_FLOOR_GIB": "999", "MEM_WARN_GIB": "999"}
+    done = inv(pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, **high)
     assert done.returncode != 0 and "memory-floor" in done.stderr and "left for the host" in done.stderr
     assert not serving(pair[0])
 
@@ -57,9 +58,10 @@ def test_too_little_memory_before_a_load(pair):
 def test_too_little_memory_during_a_load(pair, terminal):
     """The memory guard ends the server. The log names the node and the reason."""
     launch = terminal(
-        pair[0], "launch", "--model", "rehearsal", "--allow", ALLOW, VLLM_API_KEY=KEY, MEM_ABORT_GIB="999"
+        *(pair[0], "launch", "--model", "rehearsal", "--allow", f"{ALLOW},memory-floor"),
+        **{"VLLM_API_KEY": KEY, "MEM_ABORT_GIB": "998", "MEM_FLOOR_GIB": "999", "MEM_WARN_GIB": "999"},
     )
-    launch.until("less than MEM_ABORT_GIB (999): ending the server")
+    launch.until("less than MEM_ABORT_GIB (998): ending the server")
     assert launch.process.wait(120) != 0
     assert not serving(pair[0])
     starved = re.search(r"memory guard: (\S+) has [\d.]+ GiB left, less", launch.read())

@@ -143,7 +143,7 @@ def test_logs_are_the_servers_and_the_nodes(pair):
     [
         ({"VLLM_API_KEY": "wrong"}, 15, "API key wrong: "),
         ({"VLLM_API_KEY": ""}, 15, "API key wrong: "),
-        ({"MEM_WARN_GIB": "999"}, 16, "memory low: "),
+        ({"MEM_FLOOR_GIB": "999", "MEM_WARN_GIB": "999"}, 16, "memory low: "),
     ],
     ids=["another key", "no key", "memory"],
 )
