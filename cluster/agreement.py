@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engine import container_environment
 from cluster.finding import Finding, vllm_version
+from cluster.image import build_line
 from cluster.node import INSIDE
 from cluster.options import ask_inside
 from cluster.repository import repository_digest
@@ -87,7 +88,7 @@ SAME = {
 
 def find_disagreements(nodes: Sequence[Node], settings: Settings) -> list[Finding]:
     """Return the findings of all rules. The first of the nodes is the head."""
-    rules = (_unknown, _enough, _hosts, _gpus, _same, _checkout, _variables, _rdma, _nic_lists, _links)
+    rules = (_unknown, _enough, _hosts, _gpus, _same, _unbuilt, _checkout, _variables, _rdma, _nic_lists, _links)
     return [found for rule in rules for found in rule(nodes, settings)]
 
 
@@ -121,6 +122,14 @@ def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             names = {"fact": fact, "head": head.address, "node": node.address, "copy": copy}
             text = sentence.format(here=here or "none", there=there or "none", **names)
             yield Finding(RULE_OF[fact], text, refuses=not one_base)
+
+
+def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
+    """Warn of an image without the label of its base, which `inv build-image` writes."""
+    for node, image in _told(nodes[:1], "image"):
+        if not image.partition(" ")[2]:
+            text = f"inv build-image did not make the image of {node.address}, so its base is unknown. To use it as a "
+            yield Finding("image", f"{text}base: {build_line(settings)}", refuses=False)
 
 
 # --- The other rules --------------------------------------------------------------------------------------------------
@@ -209,7 +218,7 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         overwrites = older and (isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept)
         text = f"NCCL_IB_HCA differs: {', '.join(f'{address} has {value}' for address, value in lists.items())}."
         if overwrites:
-            text += f" vLLM {vllm} would give every worker the head's. Build the image again: inv build-image"
+            text += f" vLLM {vllm} would give every worker the head's. Type: {build_line(settings)}"
         yield Finding("nic-lists", text, refuses=overwrites)
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster import engine, server
+from cluster import engine, image, server
 from cluster.command import say
 from cluster.node import CONTAINER, RAY_PORT, Network
 from cluster.ports import is_own_address, port_answers, port_obstacle
-from cluster.settings import ModelSettings, Settings
+from cluster.settings import DEFAULT_IMAGE, ModelSettings, Settings
 from cluster.token import knows_no_tokens, token_file
 
 if TYPE_CHECKING:
@@ -58,20 +58,25 @@ def before_worker(settings: Settings, net: Network) -> None:
 
 
 def _check_docker(settings: Settings) -> None:
-    left, image = engine.node_container(), settings["VLLM_IMAGE"]
-    if left is not None:
-        age = engine.container_age(left)
-        raise Exit(f"A {CONTAINER} is here already ({left.status}, {age} old). Type: inv cleanup")
-    labels = engine.image_labels(image)
+    name = settings["VLLM_IMAGE"]
+    for left in engine.our_containers():
+        raise Exit(
+            f"A {left.name} is here already ({left.status}, {engine.container_age(left)} old). Type: inv cleanup"
+        )
+    labels = engine.image_labels(name)
     if labels is None:
-        raise Exit(f"Docker has no image {image} ({settings.origin('VLLM_IMAGE')}). Type: inv build-image")
-    token, ray_version = token_file(settings), labels.get("ray.version", "unknown")
+        missing = f"Docker has no image {name} ({settings.origin('VLLM_IMAGE')})"
+        raise Exit(f"{missing}. Type: {image.missing_line(settings)}")
+    ray_version = labels.get("ray.version") or image.ask_ray_version(name)
+    if not ray_version:
+        raise Exit(f"{name} ({settings.origin('VLLM_IMAGE')}) has no Ray. Type: {image.build_line(settings)}")
+    token = token_file(settings)
     if token is None:
         say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")
     elif knows_no_tokens(ray_version):
         raise Exit(
-            f"There is a token ({token}), but the Ray of {image} is {ray_version}, and tokens came with 2.52. "
-            "Type: inv build-image; or go on without the token: RAY_AUTH_TOKEN_PATH=/none"
+            f"There is a token ({token}), but the Ray of {name} is {ray_version}, and tokens came with 2.52. "
+            f"Go on without the token: RAY_AUTH_TOKEN_PATH=/none; or use {DEFAULT_IMAGE}, which inv build-image makes."
         )
 
 
@@ -162,9 +167,9 @@ def the_head(settings: Settings) -> Container:
     is_head(found)
     if server.is_earlier(found):
         raise Exit(server.EARLIER)
-    image = engine.container_image(found)
-    if image != settings["VLLM_IMAGE"]:
-        say(f"Warning: {CONTAINER} runs {image}, but this model uses {settings['VLLM_IMAGE']}.")
+    runs = engine.container_image(found)
+    if runs != settings["VLLM_IMAGE"]:
+        say(f"Warning: {CONTAINER} runs {runs}, but this model uses {settings['VLLM_IMAGE']}.")
     return found
 
 

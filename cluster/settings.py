@@ -29,7 +29,7 @@ OF_ONE_NODE = (
     *("REPO_DIR", "REHEARSAL_DIR", "WATCH_INTERVAL_S", "WATCH_FAILURES", "WATCH_HOOK", "WATCH_COOLDOWN_S", "WATCH_MAX"),
 )
 FLAGS = {"MAX_MODEL_LEN": "--max-len", "HEAD_NODE_IP": "--head-ip", "BASE_IMAGE": "--base-image", "TAG": "--tag"}
-DEFAULT_BASE_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3"
+DEFAULT_BASE_IMAGE, DEFAULT_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3", "local/vllm-ray:26.05.post1"
 
 
 # --- Forms -----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "NCCL_DEBUG": (None, _or_nothing(TEXT)),
     "NCCL_DEBUG_SUBSYS": (None, _or_nothing(TEXT)),
     "SYSFS": ("/sys", PATH),
-    "VLLM_IMAGE": ("local/vllm-ray:26.05.post1", IMAGE),
+    "VLLM_IMAGE": (DEFAULT_IMAGE, IMAGE),
     "BASE_IMAGE": (DEFAULT_BASE_IMAGE, IMAGE),
     "TAG": (None, IMAGE),
     "RAY_VERSION": ("2.60.0", Form("a version number", _matching(r"[0-9][\w.+!]*"))),

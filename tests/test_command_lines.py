@@ -123,9 +123,11 @@ def test_another_base_has_another_name(line, shell, inv):
 
 
 def test_another_base_does_not_take_the_usual_name(inv):
-    """Another base without a tag is refused, because it would replace the image that every node runs."""
+    """Another base or another name without a tag is refused: no image replaces one that it is not."""
     said = inv("--dry build-image --base-image nvcr.io/nvidia/vllm:26.03-py3")
     assert said.code and said.out == "" and "--tag" in said.err and "flag --base-image" in said.err
+    said = inv("--dry build-image", VLLM_IMAGE="nvcr.io/nvidia/vllm:25.11-py3")
+    assert said.code and said.out == "" and "would replace nvcr.io/nvidia/vllm:25.11-py3" in said.err
 
 
 def test_every_cache_has_a_mount(inv):

@@ -17,7 +17,7 @@ from docker.errors import APIError
 from invoke import Exit
 from requests.exceptions import JSONDecodeError
 
-from cluster import cleanup, engine, guards, server, token
+from cluster import cleanup, engine, guards, image, server, token
 from cluster.models import find_model
 from cluster.node import Network
 from cluster.settings import load_settings
@@ -45,7 +45,7 @@ class Container:
 @pytest.fixture
 def docker(operator):
     """This node's Engine. A test sets its containers, and the labels of its image."""
-    found = SimpleNamespace(containers=[], labels={})
+    found = SimpleNamespace(containers=[], labels={"ray.version": "2.60.0"})
     operator.setattr(engine, "our_containers", lambda: found.containers)
     operator.setattr(engine, "image_labels", lambda name: found.labels)
     operator.setattr(server, "server_runs", lambda head: head.serving)
@@ -106,11 +106,49 @@ def test_a_container_that_is_left_is_not_removed(guard, address, status, docker)
     assert "A node-ray is here already" in said and status in said and "inv cleanup" in said
 
 
-def test_a_missing_image_is_named(docker):
-    """A missing image is found before `docker run`, which would try to pull it."""
+@pytest.mark.parametrize("name", ["node-ray", "node-17"])
+def test_a_container_of_the_article_is_refused_too(name, docker):
+    """The article's containers hold the same port and the same GPU. A person decides whether their run is over."""
+    docker.containers = [Container(name=name, status="exited")]
+    assert f"A {name} is here already (exited" in _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
+
+
+NGC = "nvcr.io/nvidia/vllm:25.11-py3"
+
+
+@pytest.mark.parametrize(
+    ("shell", "remedy"),
+    [
+        ({}, "local/vllm-ray:26.05.post1 (default). Type: inv build-image"),
+        ({"VLLM_IMAGE": "mine:1", "TAG": "mine:1"}, "mine:1 (shell). Type: inv build-image"),
+        ({"VLLM_IMAGE": NGC}, f"{NGC} (shell). Type: docker pull {NGC}"),
+        ({"VLLM_IMAGE": "local/a:2"}, "local/a:2 (shell). Type: inv build-image --base-image BASE --tag local/a:2"),
+    ],
+)
+def test_a_missing_image_is_named(shell, remedy, docker):
+    """The remedy leads to the image that was asked for, and `build-image` alone makes only what it names itself."""
     docker.labels = None
-    said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
-    assert "Docker has no image local/vllm-ray:26.05.post1 (default). Type: inv build-image" in said
+    said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE, **shell)
+    assert said == f"Docker has no image {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("ray", "token", "said"),
+    [
+        ("", False, "has no Ray. Type: inv build-image --base-image nvcr.io/nvidia/vllm:25.11-py3 --tag local/"),
+        ("2.51.0", True, "is 2.51.0, and tokens came with 2.52. Go on without the token"),
+        ("2.53.0", True, "Ray cannot listen"),
+        ("2.40.0", False, "Ray cannot listen"),
+    ],
+)
+def test_an_image_without_our_labels_is_asked_for_its_ray(ray, token, said, docker, ray_port, tmp_path, operator):
+    """An image of NGC's with Ray in it is taken. One without Ray becomes the base of an image with Ray."""
+    docker.labels = {}
+    operator.setattr(image, "run", lambda command, capture, seconds: ray if NGC in command.words else "asked another")
+    if token:
+        (tmp_path / "token").write_text("0a")
+    shell = {"HEAD_NODE_IP": HERE, "VLLM_IMAGE": NGC, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    assert said in _refused(guards.before_head, AT_HOME, **shell)
 
 
 @pytest.mark.parametrize("version", ["2.51.1", "unknown"])
