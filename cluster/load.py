@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 PAUSE_S = 0.5
 # Without a terminal, progress is printed at each new phase, and after so many seconds.
 EVERY_S = 30
-# The first request compiles kernels: it took 49 s on two H100, the next one 1.8 s.
-WARM_UP_S = 600
 # The recorder has to reach every node before its first look.
 RECORDER_S = 60
 
@@ -225,7 +223,8 @@ class Load:
     def warm_up(self) -> None:
         """Send one request, and discard the answer. Raises Exit if the request fails."""
         answers: list[Answer] = []
-        asked = (self.url, self.settings.get("VLLM_API_KEY"), WARM_UP_S)
+        # The first request compiles kernels: it took 49 s on two H100, the next one 1.8 s. vLLM waits no longer.
+        asked = (self.url, self.settings.get("VLLM_API_KEY"), int(self.settings["ENGINE_TIMEOUT_S"]))
         asking = threading.Thread(target=lambda: answers.append(generate_token(*asked)), daemon=True)
         asking.start()
         self.progress.show("first request", new=True)

@@ -156,21 +156,24 @@ def _commands(role: str, settings: Settings, net: Network, detached: bool = Fals
     if token := token_file(settings):
         mounted[f"{INSIDE_TOKEN}:ro"] = str(token)
     env = node_environment(settings, net)
+    asks = {
+        "NODE_RAY_IMAGE": render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=IMAGE_IDENTITY),
+        "NODE_RAY_CGROUP_DRIVER": render("docker_info.j2", format="{{.CgroupDriver}}"),  # no container sees it
+    }
     wrapper = render(
         "ray_container.j2",
         container=CONTAINER,
         mounts=mounted,
         token=INSIDE_TOKEN if token else None,
-        by_name=[*env, "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_REPOSITORY", "NODE_RAY_IMAGE"],
+        by_name=[*env, "NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_REPOSITORY", *asks],
         **settings.public(),
     )
     env["NODE_RAY_WRAPPER"], env["NODE_RAY_WRAPPER_SHA256"] = fingerprint(wrapper, mounted)
     env["NODE_RAY_REPOSITORY"] = repository_digest()
     ray = render(f"ray_{role}.j2", in_shell=IN_SHELL, address=net.address, ray_port=RAY_PORT, **settings.public())
     make_folders = render("cache_folders.j2", folders=list(dict.fromkeys(folders.values())))
-    image_identity = render("image_inspect.j2", image=settings["VLLM_IMAGE"], format=IMAGE_IDENTITY)
     log = node_log(settings) if detached else None
-    start = Command(wrapper + ray, where, env, asks={"NODE_RAY_IMAGE": image_identity}, log=log)
+    start = Command(wrapper + ray, where, env, asks=asks, log=log)
     return [Command(make_folders, where), start]
 
 

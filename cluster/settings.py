@@ -18,7 +18,7 @@ from typing import NamedTuple, Self, overload
 
 from invoke import Exit
 
-from cluster.command import SECRETS, printable
+from cluster.command import SECRETS, printable, render, words_of
 from cluster.models import ROOT, Model, file_label, known_models, nearest, read_values
 
 # A value of these may be a secret, so no error message shows it.
@@ -125,6 +125,8 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "RAY_VERSION": ("2.60.0", Form("a version number", _matching(r"[0-9][\w.+!]*"))),
     "CACHE_DIR": ("~/.cache", PATH),
     "HF_CACHE": (None, PATH),
+    "PYTORCH_CUDA_ALLOC_CONF": ("expandable_segments:True", _or_nothing(TEXT)),
+    "ENGINE_TIMEOUT_S": ("1800", PATIENCE),
     "OBJECT_STORE_MEMORY": ("1073741824", COUNT),
     "INCLUDE_DASHBOARD": ("0", GATE),
     "WAIT_HEAD_S": ("60", SECONDS),
@@ -283,14 +285,15 @@ def load_settings(
         raise Exit(f"{model.folder}/{model.size}.env lacks {', '.join(lacking)}, which {model.serve} uses.")
     _check_limits(found)
     listed = {name: _find(name, sources, ANY) for name in _forward_list(sources)}
-    forward = {name: setting for name, setting in listed.items() if setting and setting.value}
+    forward = {name: found[setting]._replace(origin=setting) for name, setting in EVERY_CONTAINER.items()}
+    forward |= {name: setting for name, setting in listed.items() if setting and setting.value}
     empty = [name for name in listed if name not in forward]
     notes = [f"VLLM_FORWARD_VARS lists {name}, which is unset or empty: no container gets it." for name in empty]
     notes += _strays(shell, site_values, {*knobs, *listed})
     if site and any(site_values.get(name) for name in SECRETS) and site.stat().st_mode & 0o077:
         notes.append(f"{file_label(site)} holds a secret and others can read it: chmod 600 {shlex.quote(str(site))}")
     settings = Settings({**forward, **found}, model, tuple(forward), tuple(notes))
-    return ModelSettings(**vars(settings)) if model else settings
+    return _with_model(settings, model) if model else settings
 
 
 def _of_operator(origin: str) -> bool:
@@ -347,6 +350,17 @@ def _check_limits(found: Mapping[str, Setting]) -> None:
         raise Exit(f"{told}. The first must be below the second or 0, and the second must not be above the third.")
 
 
+def _with_model(settings: Settings, model: Model) -> ModelSettings:
+    """Drop expandable segments if the model has a KV connector. vLLM refuses the two together (vllm PR 41237)."""
+    allocator = "PYTORCH_CUDA_ALLOC_CONF"
+    words = words_of(render(model.serve, hf_cache="", **settings.public()))
+    connector = [word for word in words if re.match("--kv[-_](transfer[-_]config|offloading[-_]size)", word)]
+    if connector and settings.origin(allocator) == "default":
+        note = f"{allocator} is empty, because vLLM refuses {settings[allocator]} beside {connector[0]}."
+        settings = replace(settings.emptied([allocator], "KV connector"), notes=(*settings.notes, note))
+    return ModelSettings(**vars(settings))
+
+
 def _strays(shell: Mapping[str, str], site_values: Mapping[str, str], used: set[str]) -> list[str]:
     """Return a note for each name in the shell that only other models know, and for each in `.env` that is unknown."""
     keys = frozenset[str]().union(*(model.keys for model in known_models().values()))
@@ -366,6 +380,12 @@ SET_BY = {
     "VLLM_HOST_IP": "VLLM_HOST_IP", "MASTER_ADDR": "HEAD_NODE_IP", "TP_SOCKET_IFNAME": "PRIMARY_IF",
     "NCCL_SOCKET_IFNAME": "DATA_IFS", "GLOO_SOCKET_IFNAME": "DATA_IFS", "OMPI_MCA_btl_tcp_if_include": "DATA_IFS",
     "NCCL_IB_HCA": "RDMA_HCAS", "NCCL_IB_DISABLE": "RDMA_HCAS", "UCX_NET_DEVICES": "RDMA_HCAS",
+}  # fmt: skip
+# The variables that every container starts with, each with the setting that holds its value. ENGINE_TIMEOUT_S is the
+# limit for a step in vLLM's newer and in its older executor for Ray, and the limit for the start of its engine.
+EVERY_CONTAINER = {
+    "PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "ENGINE_TIMEOUT_S",
+    "RAY_CGRAPH_get_timeout": "ENGINE_TIMEOUT_S", "VLLM_ENGINE_READY_TIMEOUT_S": "ENGINE_TIMEOUT_S",
 }  # fmt: skip
 # Bash or the container sets these for itself, or vLLM warns about the name.
 SET_ELSEWHERE = (

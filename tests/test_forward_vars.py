@@ -44,6 +44,30 @@ def test_the_operators_list_adds_to_the_profiles(forwarded):
     assert names == [*NEMOTRON, "A"]
 
 
+def test_every_container_starts_with_the_allocator_and_the_engines_limits(inv, forwarded):
+    """One setting feeds vLLM's three limits. VLLM_FORWARD_VARS may still give one of them a value of its own."""
+    limits = ("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "RAY_CGRAPH_get_timeout", "VLLM_ENGINE_READY_TIMEOUT_S")
+    said = inv("--dry worker", ENGINE_TIMEOUT_S="60", PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:512")
+    exported = _exports(said.out)
+    assert [exported[name] for name in limits] == ["60"] * 3
+    assert exported["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
+    assert "ENGINE_TIMEOUT_S = 60 (shell)" in said.err and limits[0] not in said.err
+    listed = _exports(inv("--dry head", VLLM_FORWARD_VARS=limits[2], VLLM_ENGINE_READY_TIMEOUT_S="7200").out)
+    assert [listed[name] for name in limits] == ["1800", "1800", "7200"]
+    assert "PYTORCH_CUDA_ALLOC_CONF=''" in inv("--dry head", PYTORCH_CUDA_ALLOC_CONF="").out
+
+
+@pytest.mark.parametrize("option", ["--kv-transfer-config '{}'", "--kv_transfer_config={}", "--kv-offloading-size 16"])
+def test_expandable_segments_are_dropped_beside_a_kv_connector(inv, option):
+    """vLLM refuses the two together. A note says what is missing, and a value of the operator's stays."""
+    for line in ("--dry head --model nemotron", "--dry worker --model nemotron"):
+        said = inv(line, SERVE_EXTRA=option)
+        assert _exports(said.out)["PYTORCH_CUDA_ALLOC_CONF"] == ""
+        assert "PYTORCH_CUDA_ALLOC_CONF is empty, because vLLM refuses expandable_segments:True beside --kv" in said.err
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert _exports(inv(line, SERVE_EXTRA=option, **own).out).items() >= own.items()
+
+
 def test_qwen_forwards_nothing(forwarded):
     """A model without a cluster.env forwards no variable."""
     assert forwarded("--model qwen-30b")[0] == {}

@@ -24,6 +24,10 @@ from cluster.settings import load_settings
 
 HERE, ELSEWHERE = "127.0.0.1", "192.0.2.1"
 NEMOTRON = {
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1800",
+    "RAY_CGRAPH_get_timeout": "1800",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "1800",
     "VLLM_NVFP4_GEMM_BACKEND": "marlin",
     "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
     "VLLM_USE_FLASHINFER_MOE_FP4": "0",

@@ -327,7 +327,7 @@ def first_request(settings, serving, monkeypatch, capsys):
 def test_the_first_request_is_part_of_the_load(first_request):
     """The first request compiles kernels. The server counts as ready after the answer to this request."""
     asked, said = first_request(Answer(200, "{}", 49.0))
-    assert asked == ("http://127.0.0.1:8000", "sk", load.WARM_UP_S) and said == "nemotron: first request, 0 s\n"
+    assert asked == ("http://127.0.0.1:8000", "sk", 1800) and said == "nemotron: first request, 0 s\n"
 
 
 def test_a_first_request_that_is_refused_fails(first_request):

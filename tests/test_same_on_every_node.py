@@ -26,6 +26,7 @@ CONTRACT = {
         --gpu-memory-utilization 0.85 --enable-prefix-caching --reasoning-parser qwen3 --enable-auto-tool-choice
         --tool-call-parser qwen3_coder --trust-remote-code --distributed-executor-backend ray""",
 }
+OURS = tuple(f"NODE_RAY_{name}" for name in ("WRAPPER", "WRAPPER_SHA256", "REPOSITORY", "IMAGE", "CGROUP_DRIVER"))
 HOSTILE = "a 'b' \"c\" $(touch x) `touch x`; * # \\ {{ 1 }} é"
 
 
@@ -79,7 +80,7 @@ def test_head_and_worker_print_the_same_wrapper(given, both):
     """From `docker run` to the image head and worker print the same bytes, whatever differs between the nodes."""
     head, worker = both(**given)
     assert _wrapper(head) == _wrapper(worker)
-    for name in ("NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_REPOSITORY", "NODE_RAY_IMAGE"):
+    for name in OURS:
         assert _exported(head)[name] == _exported(worker)[name]
     assert head != worker
 
@@ -126,7 +127,7 @@ def test_what_the_containers_get_by_name(both):
     links = "enp1s0f0np0,enp1s0f1np1,enP2p1s0f0np0,enP2p1s0f1np1"
     hcas = "rocep1s0f0,rocep1s0f1,roceP2p1s0f0,roceP2p1s0f1"
     head, worker = (_exported(out) for out in both("--model nemotron"))
-    for name in ("NODE_RAY_WRAPPER", "NODE_RAY_WRAPPER_SHA256", "NODE_RAY_REPOSITORY", "NODE_RAY_IMAGE"):
+    for name in OURS:
         assert head.pop(name) and worker.pop(name)
     assert head == {
         "VLLM_HOST_IP": "10.0.0.1",
@@ -137,6 +138,10 @@ def test_what_the_containers_get_by_name(both):
         "OMPI_MCA_btl_tcp_if_include": links,
         "NCCL_IB_HCA": hcas,
         "UCX_NET_DEVICES": ",".join(f"{hca}:1" for hca in hcas.split(",")),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1800",
+        "RAY_CGRAPH_get_timeout": "1800",
+        "VLLM_ENGINE_READY_TIMEOUT_S": "1800",
         "VLLM_NVFP4_GEMM_BACKEND": "marlin",
         "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
         "VLLM_USE_FLASHINFER_MOE_FP4": "0",

@@ -144,8 +144,8 @@ def test_up_and_down_paste_as_they_are(inv, pasted, calls, addresses, sysfs, tmp
     settings = _settings("nemotron", sysfs(), **shell)
     folders, container, *rest = up.up_commands(settings, node.network(settings, links.find_links(settings["SYSFS"])))
     pasted(inv("--dry up --model nemotron", **shell).out + "wait\n")
-    (asked,) = (words_of(lines) for lines in container.asks.values())
-    _check([folders, *rest], [(words, env) for words, env in calls() if words != asked])
+    asked = [words_of(lines) for lines in container.asks.values()]
+    _check([folders, *rest], [(words, env) for words, env in calls() if words not in asked])
     _check([container], [(words[1:], env) for words, env in calls("calls.behind")])
     assert [command.words[0] for command in rest] == [*["ssh"] * 3, *["docker"] * 3]
     pasted(inv("--dry down", **shell).out)
