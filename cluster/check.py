@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RULES = (
     "nodes", "hosts", "gpus", "wrapper", "variables", "token", "image", "versions", "rdma", "memlock", "nic-lists",
     "network", "links", "mtu", "link-count", "memory-unknown", "memory-floor", "memory-low", "memory-context",
-    "memory-sequences", "options", "fabric",
+    "memory-sequences", "memory-batched", "options", "fabric",
 )  # fmt: skip
 
 
@@ -72,8 +72,9 @@ def proved(found: Inspection, head: Container) -> Inspection:
 
 
 def _memory(node: Node) -> NodeMemory:
-    told = node.facts.get("memory", {})
-    return NodeMemory(node.address, told.get("MemTotal"), told.get("MemAvailable"))
+    told, gpus = node.facts.get("memory", {}), node["gpus"]
+    device = gpus[0]["memory"] if isinstance(gpus, list) and gpus else None
+    return NodeMemory(node.address, told.get("MemTotal"), told.get("MemAvailable"), device)
 
 
 def _occupied(server: Served, nodes: Sequence[Node]) -> str:

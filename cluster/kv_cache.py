@@ -63,9 +63,8 @@ NOT_COMPUTED = (
 def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Demand:
     """Read the line and not the settings, because SERVE_EXTRA may repeat an option with another value.
 
-    vllm: the version that will run. For a model with constant states, 0.21.0 leaves prefix caching off and 0.32.0
-    switches it on. For a version between the two the larger need is assumed. Raises CannotKnow for an option that is
-    not computed.
+    vllm: the version that will run. For a model with constant states, 0.28.0 is the first that switches prefix caching
+    on by itself (engine/arg_utils.py). Raises CannotKnow for an option that is not computed.
     """
     # An option that is not in the line is absent from the result, so that the default of Demand counts.
     absent = argparse.SUPPRESS
@@ -80,7 +79,7 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     option("--speculative-config", dest="drafts", type=mtp_tokens)
     option("--max-num-seqs", dest="sequences", type=whole_number)
     option("--max-num-batched-tokens", dest="batched", type=whole_number)
-    option("--enable-prefix-caching", dest="prefix", action=argparse.BooleanOptionalAction, default=vllm > (0, 21, 0))
+    option("--enable-prefix-caching", dest="prefix", action=argparse.BooleanOptionalAction, default=vllm >= (0, 28, 0))
     option("--mamba-cache-mode", dest="mode", choices=("none", "align", "all"))
     option("--enforce-eager", dest="eager", action=argparse.BooleanOptionalAction)
     option("--data-parallel-size", "-dp", dest="other", choices=("1",))
@@ -219,7 +218,7 @@ class Layout:
     """The blocks of one rank's cache: `block` tokens and `block_bytes` bytes each.
 
     A sequence takes `growing` blocks for each `block` tokens, and `fixed` blocks at any length. No sequence gets the
-    `held` blocks.
+    `held` blocks. vLLM refuses, after the load, to compute fewer than `least_batched` tokens in a step.
     """
 
     block: int
@@ -227,6 +226,7 @@ class Layout:
     growing: int
     fixed: int
     held: int
+    least_batched: int = 0
 
     def needed(self, length: int) -> int:
         """Return the blocks of one sequence of so many tokens."""
@@ -253,7 +253,7 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     # Every rank has at least one head for keys and values.
     each = shape.element if demand.cache_dtype == "auto" else CACHE_BYTES[demand.cache_dtype]
     token = 2 * max(1, shape.kv_heads // demand.tp) * shape.head_dim * each
-    held = int(demand.vllm > (0, 21, 0))  # newer versions count one block that no sequence gets
+    held = int(demand.vllm >= (0, 29, 0))  # get_kv_cache_configs then reserves the block that no sequence gets
     if not shape.state or not states:
         return Layout(KERNEL_BLOCK, KERNEL_BLOCK * token * attention, growing=1, fixed=0, held=held)
     kept = kept_states(shape, demand)
@@ -265,17 +265,26 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     group = many if many < few * 1.5 else few
     of_states = ceil(states / group)
     growing = ceil(attention / group) + (of_states if kept == "all" else 0)
-    fixed = of_states * {"none": 1 + demand.drafts, "align": 2 + demand.drafts, "all": 0}[kept]
-    return Layout(block, block * token * group, growing, fixed, held)
+    # MambaSpec in v1/kv_cache_interface.py: 0.22.0 was the first to add the drafted tokens' blocks to `all`.
+    also = demand.drafts if demand.vllm >= (0, 22, 0) else 0
+    fixed = of_states * {"none": 1 + demand.drafts, "align": 2 + demand.drafts, "all": also}[kept]
+    # validate_block_size in config/vllm.py, up to 0.26.0. 0.17 compares in the configuration, before the load.
+    least_batched = block if kept == "align" and demand.vllm < (0, 27, 0) else 0
+    return Layout(block, block * token * group, growing, fixed, held, least_batched)
 
 
 def kept_states(shape: Shape, demand: Demand) -> str:
-    """Return the mode in which vLLM keeps states: `none` keeps one a sequence, `align` two, `all` one in each block."""
+    """Return the mode in which vLLM keeps states: `none` keeps one a sequence, `align` two, `all` one in each block.
+
+    By MambaModelConfig in model_executor/models/config.py, read in 0.17.1 to 0.32.0. Without a mode on the line 0.20
+    and 0.21 take `align` beside a drafter, and 0.28 and later always. Others take `all`, which 0.32 no longer has.
+    """
     if not demand.prefix:
         return "none"
-    if not shape.caches_all_states or demand.vllm >= (0, 32, 0):  # 0.32.0 has this mode alone
+    if not shape.caches_all_states or demand.vllm >= (0, 32, 0):
         return "align"
-    return demand.mode if demand.mode != "none" else "align" if demand.drafts else "all"
+    aligned = demand.vllm >= (0, 28, 0) or (demand.drafts and (0, 20, 0) <= demand.vllm < (0, 22, 0))
+    return demand.mode if demand.mode != "none" else "align" if aligned else "all"
 
 
 def state_bytes(state: State, demand: Demand, element: int) -> int:

@@ -76,11 +76,15 @@ def _gib(found: float) -> int:
 
 @dataclass(frozen=True)
 class NodeMemory:
-    """MemTotal and MemAvailable of a node in bytes, None if the node did not say."""
+    """MemTotal and MemAvailable of a node in bytes, None if the node did not say.
+
+    `device` is the memory that NVML reports for the GPU. A GB10 has none of its own: NVML says "not supported".
+    """
 
     name: str
     total: int | None
     available: int | None
+    device: int | None = None
 
 
 # One of the article's nodes: of 121.7 GiB the system, Docker and an idle Ray had taken 4.3. `plan` computes with this.
@@ -94,6 +98,7 @@ class Budget:
     vLLM takes `reservation` at any context length. Weights, activations and graphs come first, and the cache gets what
     they leave. `outside` comes on top. `layout` is None where the cache is not computed. Each of the `sequences` needs
     a block of the cache. The number is 0 unless the model has states and decoding is captured in CUDA graphs.
+    `batched` is the number of tokens that one step computes at most.
     """
 
     node: NodeMemory
@@ -105,6 +110,7 @@ class Budget:
     outside: int
     reservation: int
     sequences: int
+    batched: int
 
     @property
     def cache(self) -> int:
@@ -128,8 +134,9 @@ def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node:
     Weights and activations are estimates. The cache is exact for the memory that they leave. Activations were measured
     with 8192 batched tokens. More tokens are scaled up. Fewer are not scaled down, because nobody has measured that.
     """
-    # vLLM's defaults for an API server, by the memory of the device.
-    sequences, batched = (1024, 8192) if (node.total or 0) >= 70 * GIB else (256, 2048)
+    # vLLM's defaults for an API server, by get_batch_defaults in engine/arg_utils.py of 0.17.1 to 0.32.0. All of these
+    # ask NVML alone. vLLM's PR 57378, not merged in October 2026, asks CUDA on a GB10: then 1024 and 8192 there, too.
+    sequences, batched = (1024, 8192) if (node.device or 0) >= 70 * GIB else (256, 2048)
     batched = demand.batched or min(batched, (demand.sequences or sequences) * demand.length)
     captured = STATE in shape.layers and not demand.eager
     drafts = bool(demand.drafts)
@@ -144,6 +151,7 @@ def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node:
         outside=measured["outside"],
         reservation=ceil((node.total or 0) * demand.utilization),
         sequences=(demand.sequences or min(sequences, batched)) if captured else 0,
+        batched=batched,
     )
 
 
@@ -191,7 +199,7 @@ def memory_budgets(
         budgets = [node_budget(shape, measured, demand, node) for node in nodes]
     except CannotKnow as error:
         return [], [Finding("memory-unknown", f"The memory that {model.name} takes is unknown. {error}")]
-    found = [finding for budget in budgets for finding in memory_findings(budget, settings)]
+    found = list(dict.fromkeys(finding for budget in budgets for finding in memory_findings(budget, settings)))
     if demand.pp > 1:
         text = f"The KV cache is not computed for PP_SIZE={demand.pp}. The log of the load has its size."
         found.insert(0, Finding("memory-unknown", text, refuses=False))
@@ -224,12 +232,20 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
         )
         found.append(Finding("memory-context", text + _proposal(budget, settings, min)))
     elif layout and budget.blocks < budget.sequences:
-        default = "" if demand.sequences else " (vLLM's default for 70 GiB or more; a GB10 may get 256)"
+        default = "" if demand.sequences else " (vLLM's default on this GPU)"
         text = (
             f"vLLM would refuse MAX_NUM_SEQS {budget.sequences}{default} after loading: each sequence needs a cache "
             f"block, and {node.name} has {budget.blocks}. Type: MAX_NUM_SEQS={budget.blocks} {settings.launch_line}. "
         )
         found.append(Finding("memory-sequences", text + _proposal(budget, settings, min)))
+    if layout and budget.batched < layout.least_batched:
+        default = "" if demand.batched else " (vLLM's default on this GPU)"
+        text = (
+            f"vLLM {'.'.join(map(str, demand.vllm))} would die after loading: MAX_NUM_BATCHED_TOKENS is "
+            f"{budget.batched}{default}, and with prefix caching a step must hold the {layout.least_batched} tokens of "
+            f"a cache block. Type: MAX_NUM_BATCHED_TOKENS={1 << layout.block.bit_length()} {settings.launch_line}"
+        )
+        found.append(Finding("memory-batched", text))
     return found
 
 

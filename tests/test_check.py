@@ -15,7 +15,7 @@ from cluster.options import Known
 from cluster.settings import load_settings
 
 GIB = 2**30
-FACTS = {"memory": {"MemTotal": 120 * GIB, "MemAvailable": 20 * GIB}}
+FACTS = {"memory": {"MemTotal": 120 * GIB, "MemAvailable": 20 * GIB}, "gpus": [{"memory": None}]}
 WORDS = ("vllm", "serve", "x", "--gpu-memory-utilization", "0.75")
 SERVED = SimpleNamespace(alive=True, model="nemotron-3", context=131072, world_size=2, words=WORDS)
 
@@ -48,6 +48,15 @@ def test_the_memory_of_a_model_that_does_not_fit_is_refused(inspected, server):
     found = inspected(server)
     assert [one.rule for one in found.findings if one.refuses] == ["memory-floor"] * 2
     assert [budget["node"] for budget in json.loads(check.as_json(found))["memory"]] == ["10.0.0.1", "10.0.0.2"]
+
+
+GPUS = [([{"memory": 5}], 5), ([{"memory": None}], None), ([], None), ({"unknown": "x"}, None)]
+
+
+@pytest.mark.parametrize(("gpus", "device"), GPUS)
+def test_the_memory_of_the_gpu_decides_vllms_defaults(gpus, device):
+    """NVML's number goes into the computation. The rule `gpus` refuses a GPU that could not be asked."""
+    assert check._memory(Node("10.0.0.1", "spark-1", 1, FACTS | {"gpus": gpus})).device == device
 
 
 def test_the_memory_beside_a_server_is_not_judged(inspected):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.finding import GIB, CannotKnow
-from cluster.kv_cache import Demand, cache_layout, read_demand, state_bytes
+from cluster.kv_cache import Demand, cache_layout, kept_states, read_demand, state_bytes
 from cluster.memory import SPARK, NodeMemory, budget_rows, memory_budgets, memory_findings, node_budget, read_model
 from cluster.models import find_model
 from cluster.repository import ROOT
@@ -16,7 +16,7 @@ from cluster.settings import load_settings
 NEMOTRON, MEASURED = read_model(ROOT / "nemotron/120b.json")
 QWEN30, _ = read_model(ROOT / "qwen/30b.json")
 QWEN122, _ = read_model(ROOT / "qwen/122b.json")
-H100 = NodeMemory("an H100", int(79.19 * GIB), int(78.5 * GIB))
+H100 = NodeMemory("an H100", int(79.19 * GIB), int(78.5 * GIB), int(79.65 * GIB))
 ARTICLE = Demand(1048576, 0.75, tp=2, cache_dtype="fp8")
 MTP = replace(ARTICLE, drafts=3)
 
@@ -130,6 +130,29 @@ def test_every_rank_has_one_head_at_least():
         cache_layout(QWEN122, Demand(65536, 0.8, tp=3))
 
 
+def modes(asked, versions):
+    """The mode that each of these versions takes for Nemotron."""
+    return [kept_states(NEMOTRON, replace(asked, vllm=version)) for version in versions]
+
+
+def test_the_mode_of_each_version():
+    """0.20 and 0.21 alone look at the drafter. 0.28 and later take `align`. A mode on the line counts up to 0.31."""
+    versions = [(0, 19, 0), (0, 20, 0), (0, 21, 0), (0, 22, 0), (0, 27, 1), (0, 28, 0), (0, 32, 0)]
+    cached, drafted = replace(ARTICLE, prefix=True), replace(MTP, prefix=True)
+    assert modes(cached, versions) == [*["all"] * 5, "align", "align"]
+    assert modes(drafted, versions) == ["all", "align", "align", "all", "all", "align", "align"]
+    assert modes(replace(drafted, mode="all"), versions) == [*["all"] * 6, "align"]
+    assert modes(replace(cached, mode="align"), versions) == ["align"] * 7 and modes(MTP, versions) == ["none"] * 7
+
+
+@pytest.mark.parametrize(
+    ("vllm", "needed"), [((0, 19, 0), 6 * 125), ((0, 21, 0), 125 + 5 * 5), ((0, 27, 1), 6 * 125 + 5 * 3)]
+)
+def test_prefix_caching_beside_a_drafter(vllm, needed):
+    """A million tokens take 150 blocks in 0.21, and 765 in 0.27.1: each of them holds a state, or a drafted token's."""
+    assert cache_layout(NEMOTRON, replace(MTP, prefix=True, vllm=vllm)).needed(1048576) == needed
+
+
 # --- The memory of one node ------------------------------------------------------------------------------------------
 
 
@@ -151,9 +174,10 @@ def test_the_article_at_half_a_million_tokens():
 
 
 def test_the_default_of_max_num_seqs():
-    """1024 on a device of 70 GiB or more, otherwise 256. A number on the line is believed."""
-    assert budget().sequences == 1024
-    assert budget(node=NodeMemory("small", 40 * GIB, 40 * GIB)).sequences == 256
+    """1024 on a device of 70 GiB or more, otherwise 256: a GB10 tells none. A number on the line is believed."""
+    assert (budget(node=H100).sequences, budget(node=H100).batched) == (1024, 8192)
+    assert (budget().sequences, budget().batched) == (256, 2048)
+    assert budget(node=replace(H100, device=40 * GIB)).sequences == 256
     assert budget(replace(ARTICLE, sequences=7)).sequences == 7
     assert budget(replace(ARTICLE, batched=100)).sequences == 100
 
@@ -257,6 +281,43 @@ def test_a_proposal_leaves_the_floor_where_the_warning_cannot_be_kept():
     assert warning.rule == "memory-low" and "GPU_MEM_UTIL=" not in warning.text
 
 
+@pytest.mark.parametrize(
+    ("shell", "vllm", "expected"),
+    [
+        ({}, "0.21.0", None),
+        ({"MAX_NUM_BATCHED_TOKENS": ""}, "0.21.0", "2048 (vLLM's default on this GPU), and with prefix caching a step"),
+        ({"MAX_NUM_BATCHED_TOKENS": "2095"}, "0.26.0", "2095, and with prefix caching a step must hold the 2096"),
+        ({"MAX_NUM_BATCHED_TOKENS": "2096"}, "0.26.0", None),
+        ({"MAX_NUM_BATCHED_TOKENS": ""}, "0.27.0", None),
+        ({"MAX_NUM_BATCHED_TOKENS": "", "ENABLE_PREFIX_CACHING": "0"}, "0.21.0", None),
+    ],
+)
+def test_a_step_that_holds_no_cache_block_is_refused(shell, vllm, expected):
+    """vLLM compares them after the load, up to 0.26. The value in the refusal passes."""
+    asked = load_settings(find_model("qwen-122b"), shell={"ENV_FILE": "", "HOME": "/home/operator", **shell})
+    texts = [one.text for one in memory_budgets(asked, [SPARK] * 2, vllm, None)[1] if one.rule == "memory-batched"]
+    assert len(texts) == bool(expected)
+    for text in texts:
+        assert expected in text and text.endswith("Type: MAX_NUM_BATCHED_TOKENS=4096 inv launch --model qwen-122b")
+
+
+def test_a_drafter_and_prefix_caching_on_a_big_gpu():
+    """As a real 0.21.0 died on an H200 after the load: block_size (8432) must be <= max_num_batched_tokens (8192)."""
+    asked = replace(MTP, tp=1, sequences=256, prefix=True)
+    h200 = NodeMemory("an H200", int(139.8 * GIB), int(139 * GIB), int(139.8 * GIB))
+    (finding,) = findings(asked, h200)
+    assert finding.rule == "memory-batched" and "hold the 8432 tokens" in finding.text
+    assert "MAX_NUM_BATCHED_TOKENS=16384 inv launch" in finding.text
+    assert rules(replace(asked, batched=16384), h200) == []
+
+
+@pytest.mark.parametrize("share", [0.37, 0.40, 0.45])
+def test_no_default_is_refused_that_a_spark_does_not_have(share):
+    """256 sequences fit where 1024 would not."""
+    assert rules(replace(ARTICLE, utilization=share)) == []
+    assert rules(replace(ARTICLE, utilization=share), replace(SPARK, device=SPARK.total)) == ["MEMORY-SEQUENCES"]
+
+
 @pytest.mark.parametrize("sizes", [(None, 1), (1, None), (None, None), (0, 0)])
 def test_unknown_memory_is_refused(sizes):
     """A node that reports no memory does not count as a node with enough memory."""
@@ -289,7 +350,7 @@ def test_a_line_is_read_as_vllm_reads_it():
     assert read_demand([*LINE, "--max_num_seqs=4", "--max-num-seqs", "5"]).sequences == 5
     assert read_demand([*LINE, "-tp", "4", "--enforce-eager"]) == replace(ARTICLE, tp=4, eager=True)
     assert not read_demand([*LINE, "--enable-prefix-caching", "--no-enable-prefix-caching"], (0, 32, 0)).prefix
-    assert read_demand(LINE, (0, 32, 0)).prefix
+    assert read_demand(LINE, (0, 28, 0)).prefix and not read_demand(LINE, (0, 27, 1)).prefix
 
 
 @pytest.mark.parametrize(
