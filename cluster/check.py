@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 RULES = (
     "nodes", "hosts", "gpus", "wrapper", "variables", "token", "image", "versions", "rdma", "memlock", "nic-lists",
     "network", "links", "mtu", "link-count", "memory-unknown", "memory-floor", "memory-low", "memory-context",
-    "memory-sequences", "memory-batched", "options", "fabric",
+    "memory-sequences", "memory-batched", "page-cache", "options", "fabric",
 )  # fmt: skip
+
+# The memory of a node as it is now: the label in the table, and the field of NodeMemory.
+NOW = {"available (MemAvailable)": "available", "free pages (MemFree)": "free", "page cache (Cached)": "cached",
+       "swap in use": "swap"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
     if (server := ask_server(head)) and server.alive:
         said = [*said, _occupied(server, nodes)]
     else:
-        memory = [_memory(node) for node in nodes]
+        memory = [node_memory(node) for node in nodes]
         budgets, short = memory_budgets(settings, memory, known.vllm, Path(mounts(settings)[HF_CACHE]))
         found += short
     return Inspection(settings, nodes, budgets, sorted(found, key=lambda one: RULES.index(one.rule)), said)
@@ -71,16 +75,19 @@ def proved(found: Inspection, head: Container) -> Inspection:
     return replace(found, findings=findings, said=[*found.said, *fabric_summary(ranks)])
 
 
-def _memory(node: Node) -> NodeMemory:
+def node_memory(node: Node) -> NodeMemory:
+    """Return the memory of a node, by its facts `memory` and `gpus`."""
     told, gpus = node.facts.get("memory", {}), node["gpus"]
     device = gpus[0]["memory"] if isinstance(gpus, list) and gpus else None
-    return NodeMemory(node.address, told.get("MemTotal"), told.get("MemAvailable"), device)
+    total, available, free, cached = map(told.get, ("MemTotal", "MemAvailable", "MemFree", "Cached"))
+    swap = told["SwapTotal"] - told["SwapFree"] if "SwapFree" in told else None
+    return NodeMemory(node.address, total, available, device, free, cached, swap)
 
 
 def _occupied(server: Served, nodes: Sequence[Node]) -> str:
     """Return the sentence that replaces the memory rules, because they would count a running server's memory twice."""
     share = dict(given_options(server.words)).get("--gpu-memory-utilization", ["vLLM's default"])[0]
-    left = [f"{one.address} {in_gib(_memory(one).available)} GiB" for one in nodes]
+    left = [f"{one.address} {in_gib(node_memory(one).available)} GiB" for one in nodes]
     return (
         f"A server runs: {server.model}, {server.context:,} tokens, GPU_MEM_UTIL {share} on each of "
         f"{server.world_size} nodes. Still available: {', '.join(left)}. The memory rules were not "
@@ -129,7 +136,8 @@ def as_json(found: Inspection) -> str:
             "model": found.settings.model.name,
             "nodes": [{"address": node.address, "hostname": node.hostname, **node.facts} for node in found.nodes],
             "memory": [
-                {"node": one.node.name, "reserved": one.reservation, "available": one.node.available, "left": one.left}
+                {"node": one.node.name, "reserved": one.reservation, "left": one.left}
+                | {name: getattr(one.node, name) for name in NOW.values()}
                 for one in found.budgets
             ],
             "findings": [{"rule": one.rule, "refuses": one.refuses, "text": one.text} for one in found.findings],
@@ -140,8 +148,11 @@ def as_json(found: Inspection) -> str:
 
 def _table(found: Inspection) -> list[str]:
     """Return one column of GiB for each node. Importing rich for this table would add a third to `inv plan`."""
-    if not found.budgets:
-        return []
-    rows = zip(*(budget_rows(budget) for budget in found.budgets), strict=True)
-    lines = [f"{'GiB':<52}" + "".join(f"{budget.node.name:>12}" for budget in found.budgets)]
-    return lines + [f"{row[0][0]:<52}" + "".join(f"{amount:>12}" for _, amount in row) for row in rows]
+    nodes = [budget.node for budget in found.budgets] or [node_memory(node) for node in found.nodes]
+    rows = [(label, *(in_gib(getattr(node, name)) for node in nodes)) for label, name in NOW.items()]
+    if found.budgets and not found.nodes:  # a Spark that nobody has asked
+        del rows[1:]
+    for row in zip(*(budget_rows(budget) for budget in found.budgets), strict=True):
+        rows.append((row[0][0], *(amount for _, amount in row)))
+    rows = [("GiB", *(node.name for node in nodes)), *rows] if nodes else []
+    return [f"{label:<52}" + "".join(f"{amount:>12}" for amount in amounts) for label, *amounts in rows]

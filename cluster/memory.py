@@ -76,7 +76,7 @@ def _gib(found: float) -> int:
 
 @dataclass(frozen=True)
 class NodeMemory:
-    """MemTotal and MemAvailable of a node in bytes, None if the node did not say.
+    """MemTotal, MemAvailable, MemFree, Cached and the used swap of a node in bytes, None if the node did not say.
 
     `device` is the memory that NVML reports for the GPU. A GB10 has none of its own: NVML says "not supported".
     """
@@ -85,6 +85,9 @@ class NodeMemory:
     total: int | None
     available: int | None
     device: int | None = None
+    free: int | None = None
+    cached: int | None = None
+    swap: int | None = None
 
 
 # One of the article's nodes: of 121.7 GiB the system, Docker and an idle Ray had taken 4.3. `plan` computes with this.
@@ -172,7 +175,6 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
         *cache,
         (f"reserved by vLLM: {budget.demand.utilization:g} x {in_gib(node.total)}", in_gib(budget.reservation)),
         ("server outside it (allowance)", in_gib(budget.outside)),
-        ("available now", in_gib(node.available)),
         ("left for the host", in_gib(None if None in (node.total, node.available) else budget.left)),
     ]
 
@@ -224,6 +226,15 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
             keeps = (limit,) if rule == "memory-low" else KEEPS  # a lower limit would propose more than was asked for
             found.append(Finding(rule, text + _proposal(budget, settings, max, keeps), refuses=rule == "memory-floor"))
             break
+    # Public reports of GB10 with the cache full: vLLM 56824 (NV_ERR_NO_MEMORY), and a load at a tenth of its speed.
+    taken = budget.reservation + budget.outside
+    if node.free is not None and node.free < taken <= node.available:
+        text = (
+            f"{node.name} has {in_gib(node.free)} GiB of free pages, and this model takes {in_gib(taken)}. The kernel "
+            "would have to give page cache back during the load. A GB10 can then load slowly, or fail with "
+            f"NV_ERR_NO_MEMORY. Type on {node.name}: sync; echo 1 | sudo tee /proc/sys/vm/drop_caches"
+        )
+        found.append(Finding("page-cache", text, refuses=False))
     if layout and (largest := layout.largest(budget.cache)) < demand.length:
         fits = f"{settings.launch_line} --max-len {largest}" if largest else "none, whatever the --max-len"
         text = (

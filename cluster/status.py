@@ -8,13 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.agreement import Node, Unknown, ask_nodes
+from cluster.check import node_memory
 from cluster.command import say, tell
 from cluster.engine import age_in_words, container_age, container_environment, node_container
 from cluster.health import look
+from cluster.memory import in_gib
 from cluster.node import CONTAINER
-from cluster.recorder import GIB, read_lows
+from cluster.recorder import read_lows
 from cluster.server import Served, is_earlier
 from cluster.settings import Settings
+
+# The fields of NodeMemory that a row has.
+MEMORY = ("available", "free", "cached", "swap")
 
 
 def report_status(settings: Settings, as_json: bool) -> None:
@@ -57,12 +62,12 @@ def _rows(nodes: Sequence[Node], lows: Mapping[str, int], launched: bool) -> lis
     """Return a row for each node that Ray has, and for each that Ray had at the launch. None stands for unknown."""
     rows = []
     for node in nodes:
-        facts = {name: node[name] for name in ("since", "image", "memory", "links", "vllm", "ray")}
+        facts = {name: node[name] for name in ("since", "image", "links", "vllm", "ray")}
         known = {name: None if isinstance(fact, Unknown) else fact for name, fact in facts.items()}
         used = [name for name in (node.variable("NCCL_SOCKET_IFNAME") or "").split(",") if name]
         row: dict[str, Any] = {"address": node.address, "alive": True, "hostname": node.hostname, **known}
         row["image"] = known["image"] and known["image"].split()[0]
-        row["available"] = (row.pop("memory") or {}).get("MemAvailable")
+        row |= {name: getattr(node_memory(node), name) for name in MEMORY}
         row["lowest"] = lows.get(node.address)
         row["links"] = known["links"] and {name: known["links"].get(name, {}).get("state", "missing") for name in used}
         rows.append(row)
@@ -76,15 +81,16 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
-    for heading in ("node", "host", "up", "image", "GiB free", "lowest", "links"):
+    for heading in ("node", "host", "up", "image", "GiB available", "lowest", "free/cached/swap", "links"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         down = [f"{name} {state}" for name, state in (row["links"] or {}).items() if state != "up"]
         links = "unknown" if row["links"] is None else ", ".join(down) or f"{len(row['links'])} up"
         up = _ago(row["since"]) if row["alive"] else "lost"
         image = (row["image"] or "unknown").removeprefix("sha256:")[:12]
-        free, low = ("unknown" if row[name] is None else f"{row[name] / GIB:.1f}" for name in ("available", "lowest"))
-        table.add_row(row["address"], row["hostname"] or "unknown", up, image, free, low, links)
+        available, lowest, *others = (in_gib(row[name]) for name in ("available", "lowest", *MEMORY[1:]))
+        memory = (available, lowest, "/".join(others))
+        table.add_row(row["address"], row["hostname"] or "unknown", up, image, *memory, links)
     Console(stderr=True, highlight=False).print(table)
 
 

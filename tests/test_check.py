@@ -15,7 +15,8 @@ from cluster.options import Known
 from cluster.settings import load_settings
 
 GIB = 2**30
-FACTS = {"memory": {"MemTotal": 120 * GIB, "MemAvailable": 20 * GIB}, "gpus": [{"memory": None}]}
+MEMORY = {"MemTotal": 120, "MemAvailable": 20, "MemFree": 13, "Cached": 7, "SwapTotal": 16, "SwapFree": 12}
+FACTS = {"memory": {name: size * GIB for name, size in MEMORY.items()}, "gpus": [{"memory": None}]}
 WORDS = ("vllm", "serve", "x", "--gpu-memory-utilization", "0.75")
 SERVED = SimpleNamespace(alive=True, model="nemotron-3", context=131072, world_size=2, words=WORDS)
 
@@ -47,7 +48,9 @@ def test_the_memory_of_a_model_that_does_not_fit_is_refused(inspected, server):
     """Each node is judged, even if a server has ended there."""
     found = inspected(server)
     assert [one.rule for one in found.findings if one.refuses] == ["memory-floor"] * 2
-    assert [budget["node"] for budget in json.loads(check.as_json(found))["memory"]] == ["10.0.0.1", "10.0.0.2"]
+    head, worker = json.loads(check.as_json(found))["memory"]
+    assert (head["node"], worker["node"]) == ("10.0.0.1", "10.0.0.2")
+    assert [head[name] / GIB for name in ("available", "free", "cached", "swap")] == [20, 13, 7, 4]
 
 
 GPUS = [([{"memory": 5}], 5), ([{"memory": None}], None), ([], None), ({"unknown": "x"}, None)]
@@ -56,7 +59,7 @@ GPUS = [([{"memory": 5}], 5), ([{"memory": None}], None), ([], None), ({"unknown
 @pytest.mark.parametrize(("gpus", "device"), GPUS)
 def test_the_memory_of_the_gpu_decides_vllms_defaults(gpus, device):
     """NVML's number goes into the computation. The rule `gpus` refuses a GPU that could not be asked."""
-    assert check._memory(Node("10.0.0.1", "spark-1", 1, FACTS | {"gpus": gpus})).device == device
+    assert check.node_memory(Node("10.0.0.1", "spark-1", 1, FACTS | {"gpus": gpus})).device == device
 
 
 def test_the_memory_beside_a_server_is_not_judged(inspected):
@@ -66,6 +69,22 @@ def test_the_memory_beside_a_server_is_not_judged(inspected):
     (said,) = found.said
     assert "A server runs: nemotron-3, 131,072 tokens, GPU_MEM_UTIL 0.75 on each of 2 nodes" in said
     assert "10.0.0.1 20.0 GiB, 10.0.0.2 20.0 GiB" in said and "inv stop" in said
+
+
+@pytest.mark.parametrize("server", [None, SERVED], ids=["no server", "beside a server"])
+def test_free_pages_cache_and_swap_are_shown(inspected, server, capfd):
+    """MemAvailable counts page cache as free, and a GB10 allocates from free pages. So both are in the table."""
+    found = inspected(server)
+    check.tell_inspection(found, check.RULES)
+    rows = [line.split()[-3:] for line in capfd.readouterr().err.splitlines()]
+    assert ["(MemAvailable)", "20.0", "20.0"] in rows and ["(MemFree)", "13.0", "13.0"] in rows
+    assert ["(Cached)", "7.0", "7.0"] in rows and ["use", "4.0", "4.0"] in rows
+
+
+def test_a_plan_shows_no_page_cache(settings, capfd):
+    """`plan` asks no node, so it has no row of unknowns."""
+    check.foretell(check.foresee(settings))
+    assert "MemAvailable" in (said := capfd.readouterr().err) and "MemFree" not in said and "unknown" not in said
 
 
 def told(settings, capfd, allowed=()):

@@ -318,6 +318,17 @@ def test_no_default_is_refused_that_a_spark_does_not_have(share):
     assert rules(replace(ARTICLE, utilization=share), replace(SPARK, device=SPARK.total)) == ["MEMORY-SEQUENCES"]
 
 
+@pytest.mark.parametrize(("free", "expected"), [(99.3, []), (99.2, ["page-cache"]), (0, ["page-cache"]), (None, [])])
+def test_a_load_that_needs_page_cache_back_is_a_warning(free, expected):
+    """91.3 GiB are reserved and 8.0 taken beside them. Free pages that are unknown are shown as such in the table."""
+    node = replace(SPARK, free=free if free is None else int(free * GIB))
+    assert rules(node=node) == expected
+    for one in findings(node=node):
+        assert "Type on a Spark: sync; echo 1 | sudo tee /proc/sys/vm/drop_caches" in one.text
+    full = replace(node, available=int(99 * GIB))
+    assert rules(node=full) == ["MEMORY-FLOOR"]  # dropping the cache would not help
+
+
 @pytest.mark.parametrize("sizes", [(None, 1), (1, None), (None, None), (0, 0)])
 def test_unknown_memory_is_refused(sizes):
     """A node that reports no memory does not count as a node with enough memory."""

@@ -17,7 +17,7 @@ NOW = time.time()
 FACTS = {
     "since": NOW - 7200,
     "image": "sha256:0123456789abcdef base",
-    "memory": {"MemAvailable": 20 * GIB},
+    "memory": {"MemAvailable": 20 * GIB, "MemFree": 9 * GIB, "Cached": 10 * GIB, "SwapTotal": 2 * GIB, "SwapFree": GIB},
     "links": {"roce0": {"state": "up"}, "roce1": {"state": "down"}},
     "vllm": "0.21.0",
     "ray": "2.55.0",
@@ -35,6 +35,7 @@ def asked(monkeypatch):
     """A head that Ray's nodes are asked of; the list has each question, and the addresses that health was given."""
     asked = Asked()
     env = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(time, "time", lambda: NOW)  # the tests before this one may have taken long
     monkeypatch.setattr(status, "node_container", lambda: SimpleNamespace(status="running"))
     monkeypatch.setattr(status, "is_earlier", lambda _: False)
@@ -59,6 +60,8 @@ def test_the_screen_has_every_node_and_the_server(asked, capsys):
     assert told["server"]["context"] == 131072
     head, lost = told["nodes"]
     assert head["links"] == {"roce0": "up", "roce1": "down", "roce2": "missing"} and head["lowest"] == 5 * GIB
+    assert [head[name] / GIB for name in ("available", "free", "cached", "swap")] == [20, 9, 10, 1]
+    assert "9.0/10.0/1.0" in err
     assert head.keys() == lost.keys() and (head["alive"], lost["alive"], lost["address"]) == (True, False, WORKER)
     assert "some/model (some/model), 131,072 tokens, 1 ranks, launched 10 min ago" in err and "2 h ago" in err
     assert "rank lost: One is gone. Next: inv down" in err and "vLLM 0.21.0, Ray 2.55.0" in err

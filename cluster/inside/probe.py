@@ -24,6 +24,7 @@ from importlib.metadata import version
 SECONDS = 15
 PREFIXES = ("VLLM_", "NCCL_", "UCX_", "GLOO_", "TP_", "OMPI_")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
+MEMORY = ("MemTotal", "MemAvailable", "MemFree", "Cached", "SwapTotal", "SwapFree")  # of /proc/meminfo
 IPC_LOCK = 14  # linux/capability.h
 SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
 
@@ -101,7 +102,7 @@ def facts(key, names):
         # Stand-in hosts share a boot id. Their network namespaces differ, as those of two machines do.
         "host": lambda: f"{read('/proc/sys/kernel/random/boot_id')}/{os.stat('/proc/self/ns/net').st_ino}",
         "gpus": gpus,
-        "memory": lambda: {n: int(field("/proc/meminfo", n)) * 1024 for n in ("MemTotal", "MemAvailable")},
+        "memory": lambda: {name: int(field("/proc/meminfo", name)) * 1024 for name in MEMORY},
         "since": since,
         "wrapper": lambda: {"sha256": env["NODE_RAY_WRAPPER_SHA256"], "words": env["NODE_RAY_WRAPPER"]},
         "repository": lambda: env.get("NODE_RAY_REPOSITORY"),

@@ -59,7 +59,10 @@ def test_too_little_memory_during_a_load(pair, terminal):
     """The memory guard ends the server. The log names the node and the reason."""
     launch = terminal(
         *(pair[0], "launch", "--model", "rehearsal", "--allow", f"{ALLOW},memory-floor"),
-        **{"VLLM_API_KEY": KEY, "MEM_ABORT_GIB": "998", "MEM_FLOOR_GIB": "999", "MEM_WARN_GIB": "999"},
+        VLLM_API_KEY=KEY,
+        MEM_ABORT_GIB="998",
+        MEM_FLOOR_GIB="999",
+        MEM_WARN_GIB="999",
     )
     launch.until("less than MEM_ABORT_GIB (998): ending the server")
     assert launch.process.wait(120) != 0
