@@ -69,6 +69,7 @@ PACKAGES = ("vllm", "ray", "python", "torch")
 RULE_OF = {
     **{rule: rule for rule in ("gpus", "wrapper", "token", "image", "network", "links")},
     "host": "hosts",
+    **dict.fromkeys(("kernel", "driver", "cgroup driver"), "host-software"),
     "environment": "variables",
     **dict.fromkeys(PACKAGES, "versions"),
     **dict.fromkeys(("infiniband", "memlock", "ipc_lock"), "rdma"),
@@ -81,6 +82,12 @@ SAME = {
     **dict.fromkeys(PACKAGES, "{fact} is {here} on {head} and {there} on {node}. Give both one image: {copy}"),
     "token": "Ray's token differs: {head} has {here}, {node} has {there} (hashes, not the tokens). Copy the head's "
     "file at RAY_AUTH_TOKEN_PATH to {node}, and bring both up again.",
+    **dict.fromkeys(
+        ("kernel", "driver"),
+        "The {fact} is {here} on {head} and {there} on {node}. On both: sudo apt update; sudo apt full-upgrade; reboot",
+    ),
+    "cgroup driver": "Docker's {fact} is {here} on {head} and {there} on {node}. Set one native.cgroupdriver in "
+    "/etc/docker/daemon.json of both; then: sudo systemctl restart docker",
     "network": "The control links are in different networks: {head} in {here}, {node} in {there}. Set PRIMARY_IF or "
     "the addresses (ip -4 address).",
 }
@@ -89,7 +96,7 @@ SAME = {
 def find_disagreements(nodes: Sequence[Node], settings: Settings) -> list[Finding]:
     """Return the findings of all rules. The first of the nodes is the head."""
     rules = (_unknown, _enough, _hosts, _gpus, _same, _unbuilt, _checkout, _variables, _rdma, _nic_lists, _links)
-    return [found for rule in rules for found in rule(nodes, settings)]
+    return [found for rule in (*rules, _subnets, _gids) for found in rule(nodes, settings)]
 
 
 def _told(nodes: Sequence[Node], *facts: str) -> list[tuple[Any, ...]]:
@@ -103,7 +110,8 @@ def _unknown(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         over_tcp = node.variable("NCCL_IB_DISABLE") == "1"
         for fact, rule in RULE_OF.items():
             if isinstance(told := node[fact], Unknown) and not (over_tcp and rule == "rdma"):
-                yield Finding(rule, f"{node.address}: {fact} could not be asked ({told.reason}), so it may be wrong.")
+                text = f"{node.address}: {fact} could not be asked ({told.reason}), so it may be wrong."
+                yield Finding(rule, text, refuses=rule != "host-software")
 
 
 def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -113,7 +121,8 @@ def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             if here == there or isinstance(here, Unknown):
                 continue
             # An image is told as its id and the digest of its base. Another build of one base is a warning.
-            one_base = fact == "image" and here.partition(" ")[2] == there.partition(" ")[2] != ""
+            warns = fact == "image" and here.partition(" ")[2] == there.partition(" ")[2] != ""
+            warns |= RULE_OF[fact] == "host-software"
             if fact == "wrapper":
                 ours, theirs = shlex.split(here["words"]), shlex.split(there["words"])
                 here = shlex.join(word for word in ours if word not in theirs) or "nothing"
@@ -121,7 +130,7 @@ def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             copy = f"docker save {shlex.quote(settings['VLLM_IMAGE'])} | ssh {node.address} docker load"
             names = {"fact": fact, "head": head.address, "node": node.address, "copy": copy}
             text = sentence.format(here=here or "none", there=there or "none", **names)
-            yield Finding(RULE_OF[fact], text, refuses=not one_base)
+            yield Finding(RULE_OF[fact], text, refuses=not warns)
 
 
 def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -223,11 +232,16 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every interface in use must be up, with the head's MTU. Another number of RoCE devices is a warning."""
+    """Every interface in use must be up, with the head's MTU. Another number of RoCE devices is a warning.
+
+    So is an MTU below 9000 on the interfaces of the RoCE devices, or of NCCL's sockets if no device is known.
+    """
     sides = []
     for node, links, env in _told(nodes, "links", "environment"):
-        names = f"{env.get('NCCL_SOCKET_IFNAME', '')},{env.get('TP_SOCKET_IFNAME', '')}".split(",")
-        used = {name: links.get(name, {"state": "missing"}) for name in sorted(set(names) - {""})}
+        sockets = {name for name in env.get("NCCL_SOCKET_IFNAME", "").split(",") if name}
+        data = {device["netdev"] for device in _used(node).values() if device} or sockets
+        names = sorted({*data, *sockets, env.get("TP_SOCKET_IFNAME", "")} - {""})
+        used = {name: links.get(name, {"state": "missing"}) for name in names}
         mtus = sorted({link["mtu"] for link in used.values() if "mtu" in link})
         devices = env.get("NCCL_IB_HCA", "").split(",")
         sides.append((node.address, " and ".join(map(str, mtus)) or "none", len(devices)))
@@ -238,6 +252,12 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
                     f"Check the cable; or bring the node up without {name}: Ctrl-C, then {_bring_up(settings)}"
                 )
                 yield Finding("links", text)
+        if small := [f"{name} has {used[name]['mtu']}" for name in sorted(data) if used[name].get("mtu", 9000) < 9000]:
+            text = (
+                f"{node.address}: an MTU below 9000 makes small packets (3 GB/s instead of 20 were reported): "
+                f"{', '.join(small)}. On every node: sudo ip link set NAME mtu 9000; and in netplan: mtu: 9000"
+            )
+            yield Finding("mtu", text, refuses=False)
     for address, mtu, count in sides[1:]:
         head, its_mtu, its_count = sides[0]
         if mtu != its_mtu:
@@ -246,3 +266,56 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         if count != its_count:
             text = f"{head} uses {its_count} RoCE devices, {address} {count}. The fewer devices set the rate."
             yield Finding("link-count", text, refuses=False)
+
+
+def _used(node: Node) -> dict[str, Any]:
+    """Return the devices of NCCL_IB_HCA, in this order. None: /sys in the container does not show the device."""
+    names, shown = (node.variable("NCCL_IB_HCA") or "").split(","), node["devices"]
+    return {name: None if isinstance(shown, Unknown) else shown.get(name) for name in names if name}
+
+
+def _subnets(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
+    """NCCL connects the first devices of two nodes with each other, then the second ones, and so on.
+
+    It takes the GID of an IPv4 address where there is one (ncclIbGetGidIndex in its net_ib/connect.cc), so both devices
+    must be in one IPv4 network, or both in none.
+    """
+    unseen = []
+    for node in nodes:
+        for pair in zip(_used(nodes[0]).items(), _used(node).items(), strict=False):
+            networks = [device and device["network"] for _, device in pair]
+            if None not in networks and networks[0] != networks[1]:
+                told = [
+                    f"{at} {name} ({device['netdev']}) in {network if isinstance(network, str) else 'none'}"
+                    for at, (name, device), network in zip(
+                        (nodes[0].address, node.address), pair, networks, strict=True
+                    )
+                ]
+                text = (
+                    f"NCCL connects devices of different IPv4 networks, and would stop with ibv_modify_qp, error 110: "
+                    f"{', '.join(told)}. Put the cable into the same port of both nodes, and give both interfaces an "
+                    "address in one network, or none. Type on both: ip -4 address"
+                )
+                yield Finding("subnets", text)
+        unseen += [f"{node.address} {name}" for name, device in _used(node).items() if device is None]
+    if unseen:
+        text = "/sys in the container does not show these, so their networks and GIDs were not judged: "
+        yield Finding("subnets", f"{text}{', '.join(unseen)}. On the node: ls /sys/class/infiniband", refuses=False)
+
+
+def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
+    """NCCL_IB_GID_INDEX must name a GID of one type on every device. A reboot may change a device's table of GIDs."""
+    types = {
+        f"{node.address} {name} has {{}} at {index}": device["gids"].get(index, ["", "none"])[1]
+        for node in nodes
+        if (index := node.variable("NCCL_IB_GID_INDEX"))
+        for name, device in _used(node).items()
+        if device
+    }
+    if "none" in types.values() or len({*types.values()}) > 1:
+        told = ", ".join(place.format(kind) for place, kind in types.items())
+        text = (
+            f"NCCL_IB_GID_INDEX names no GID, or GIDs of two types: {told}. Take it out of .env, so that NCCL chooses; "
+            f"then Ctrl-C, and {_bring_up(settings)}"
+        )
+        yield Finding("gid", text)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Every rule, in the order of the report.
 RULES = (
     "nodes", "hosts", "gpus", "wrapper", "variables", "token", "image", "versions", "rdma", "memlock", "nic-lists",
-    "network", "links", "mtu", "link-count", "memory-unknown", "memory-floor", "memory-low", "memory-context",
-    "memory-sequences", "memory-batched", "page-cache", "options", "fabric",
+    "network", "links", "mtu", "link-count", "subnets", "gid", "host-software", "memory-unknown", "memory-floor",
+    "memory-low", "memory-context", "memory-sequences", "memory-batched", "page-cache", "options", "fabric",
 )  # fmt: skip
 
 # The memory of a node as it is now: the label in the table, and the field of NodeMemory.

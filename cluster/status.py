@@ -46,6 +46,7 @@ def report_status(settings: Settings, as_json: bool) -> None:
         say(f"{verdict.state}: {verdict.why}" + (f" Next: {verdict.next}" if verdict.next else ""))
         if rows:
             _print_table(rows)
+            say(*_gpu_lines(rows))
     if as_json:
         tell(json.dumps(told, indent=1))
 
@@ -62,7 +63,7 @@ def _rows(nodes: Sequence[Node], lows: Mapping[str, int], launched: bool) -> lis
     """Return a row for each node that Ray has, and for each that Ray had at the launch. None stands for unknown."""
     rows = []
     for node in nodes:
-        facts = {name: node[name] for name in ("since", "image", "links", "vllm", "ray")}
+        facts = {name: node[name] for name in ("since", "image", "links", "vllm", "ray", "gpus")}
         known = {name: None if isinstance(fact, Unknown) else fact for name, fact in facts.items()}
         used = [name for name in (node.variable("NCCL_SOCKET_IFNAME") or "").split(",") if name]
         row: dict[str, Any] = {"address": node.address, "alive": True, "hostname": node.hostname, **known}
@@ -92,6 +93,16 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         memory = (available, lowest, "/".join(others))
         table.add_row(row["address"], row["hostname"] or "unknown", up, image, *memory, links)
     Console(stderr=True, highlight=False).print(table)
+
+
+def _gpu_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line about each node's GPUs. A GPU that is busy and draws little power may be in a low-power state."""
+    units = {"clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}
+    gpus = [(row["address"], gpu) for row in rows for gpu in row["gpus"] or ()]
+    told = [
+        (at, [f"{gpu[name]:.0f} {unit}" for name, unit in units.items() if gpu[name] is not None]) for at, gpu in gpus
+    ]
+    return [f"GPU of {at}: {', '.join(numbers) or 'unknown'}" for at, numbers in told]
 
 
 def _ago(since: float | None) -> str:

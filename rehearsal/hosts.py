@@ -96,8 +96,8 @@ def connect(hosts: list[Host], *others: str) -> None:
         _ip("-n", SWITCH, "link", "add", f"br{bridge}", "up", "type", "bridge")
         for host in hosts:
             port = _port(host, cable)
-            peer = ("peer", "name", port, "netns", SWITCH)
-            _ip("link", "add", cable.netdev, "netns", host.name, "type", "veth", *peer)
+            peer = ("peer", "name", port, "netns", SWITCH, "mtu", "9000")
+            _ip("link", "add", cable.netdev, "netns", host.name, "mtu", "9000", "type", "veth", *peer)
             _ip("-n", SWITCH, "link", "set", port, "up", "master", f"br{bridge}")
             if cable.subnet:
                 _ip("-n", host.name, "address", "add", f"{cable.subnet}.{host.number}/24", "dev", cable.netdev)

@@ -29,6 +29,22 @@ ENV = {
     "VLLM_USE_FLASHINFER_MOE_FP4": "0",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
+# The two QSFP ports of a Spark, each shown as two PCIe functions, as an owner's ibdev2netdev and show_gids have them.
+LINKS = {
+    "rocep1s0f0": ("enp1s0f0np0", "10.0.1.0/24"),
+    "rocep1s0f1": ("enp1s0f1np1", "10.0.0.0/24"),
+}
+GIDS = {
+    "0": ["fe80:0000:0000:0000:4cbb:47ff:fe2d:0001", "IB/RoCE v1"],
+    "1": ["fe80:0000:0000:0000:4cbb:47ff:fe2d:0001", "RoCE v2"],
+    "2": ["0000:0000:0000:0000:0000:ffff:0a00:0001", "IB/RoCE v1"],
+    "3": ["0000:0000:0000:0000:0000:ffff:0a00:0001", "RoCE v2"],
+}
+DEVICES = {
+    name: {"netdev": netdev, "network": network, "speed": 200000, "gids": GIDS}
+    for name, (netdev, network) in LINKS.items()
+}
+BARE = {"unknown": "OSError: [Errno 99] Cannot assign requested address"}
 FACTS = {
     "host": "boot/1",
     "gpus": [{"name": "NVIDIA GB10", "memory": None, "driver": "580.95.05"}],
@@ -47,6 +63,10 @@ FACTS = {
     "network": "10.0.0.0/24",
     "links": {name: {"state": "up", "mtu": 9000} for name in ("enp1s0f0np0", "enp1s0f1np1")},
     "own_variables": ["NCCL_IB_HCA"],
+    "devices": DEVICES,
+    "kernel": "6.14.0-1013-nvidia",
+    "driver": "580.95.05",
+    "cgroup driver": "cgroupfs",
 }
 
 
@@ -95,7 +115,14 @@ def test_nodes_that_agree_have_no_finding(found):
         ("links", "10.0.0.2: enp1s0f0np0 is down", {
             "links": FACTS["links"] | {"enp1s0f0np0": {"state": "down", "mtu": 9000}}}),
         ("mtu", "10.0.0.2 has 1500", {"links": {name: {"state": "up", "mtu": 1500} for name in FACTS["links"]}}),
+        ("mtu", "10.0.0.2 has 1500 and 9000", {
+            "links": FACTS["links"] | {"enp1s0f0np0": {"state": "up", "mtu": 1500}}}),
         ("token", "10.0.0.1 has none, 10.0.0.2 has hmac:1", {"token": "hmac:1"}),
+        ("subnets", "10.0.0.1 rocep1s0f0 (enp1s0f0np0) in 10.0.1.0/24, 10.0.0.2 rocep1s0f0 (enp1s0f0np0) in none", {
+            "devices": DEVICES | {"rocep1s0f0": DEVICES["rocep1s0f0"] | {"network": BARE}}}),
+        ("subnets", "in 10.0.1.0/24, 10.0.0.2 rocep1s0f0 (enp1s0f0np0) in 10.0.0.0/24", {  # the cables are crossed
+            "devices": dict(zip(DEVICES, reversed(DEVICES.values()), strict=True)) | {
+                "rocep1s0f0": DEVICES["rocep1s0f0"] | {"network": "10.0.0.0/24"}}}),
     ],
 )  # fmt: skip
 def test_each_disagreement_is_refused_by_its_rule(found, rule, words, changed):
@@ -105,7 +132,94 @@ def test_each_disagreement_is_refused_by_its_rule(found, rule, words, changed):
     assert words in said[0].text
 
 
-@pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "repository"}])
+def test_an_interface_of_a_device_is_judged_even_if_no_socket_uses_it(found):
+    """The twin of a port has no IPv4 address, so it is in no list of sockets. Its MTU and state count all the same."""
+    twin = {"rocep1s0f0": DEVICES["rocep1s0f0"] | {"netdev": "enP2p1s0f0np0"}}
+    links = FACTS["links"] | {"enP2p1s0f0np0": {"state": "down", "mtu": 1500}}
+    said = found(devices=DEVICES | twin, links=links)
+    assert {(one.rule, one.refuses) for one in said} == {("links", True), ("mtu", True), ("mtu", False)}
+    assert all("enP2p1s0f0np0" in one.text for one in said if one.rule == "links" or not one.refuses)
+
+
+def test_a_small_mtu_on_both_nodes_is_a_warning(found, operator):
+    """Nodes that agree on 1500 lose most of the rate. The control link may have what it has."""
+    operator.setitem(FACTS["links"], "enp1s0f0np0", {"state": "up", "mtu": 1500})
+    operator.setitem(ENV, "TP_SOCKET_IFNAME", "lan")
+    operator.setitem(FACTS["links"], "lan", {"state": "up", "mtu": 1500})
+    said = found()
+    assert [(one.rule, one.refuses) for one in said] == [("mtu", False)] * 2
+    assert "10.0.0.2: an MTU below 9000" in said[1].text and "enp1s0f0np0 has 1500. On" in said[1].text
+
+
+def test_twins_without_an_address_on_both_nodes_are_fine(found, operator):
+    """NCCL then takes each device's first GID, and both are of one type."""
+    operator.setitem(DEVICES["rocep1s0f0"], "network", BARE)
+    assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("index", "table", "words"),
+    [
+        ("3", GIDS, None),
+        ("3", {at: GIDS[at] for at in ("0", "1", "2")}, "10.0.0.2 rocep1s0f1 has none at 3"),
+        ("3", GIDS | {"3": GIDS["2"], "4": GIDS["3"]}, "10.0.0.2 rocep1s0f1 has IB/RoCE v1 at 3"),
+        ("5", GIDS | {"5": GIDS["3"]}, "10.0.0.1 rocep1s0f0 has none at 5"),
+    ],
+    ids=["there", "gone after a reboot", "moved to 4", "only there"],
+)
+def test_a_pinned_gid_must_be_on_every_device(found, operator, index, table, words):
+    """A device without that GID, or with one of the other RoCE, is refused, and every device is named."""
+    operator.setitem(ENV, "NCCL_IB_GID_INDEX", index)
+    said = found(devices=DEVICES | {"rocep1s0f1": DEVICES["rocep1s0f1"] | {"gids": table}})
+    assert [(one.rule, one.refuses) for one in said] == ([("gid", True)] if words else [])
+    assert all(words in one.text for one in said)
+
+
+@pytest.mark.parametrize("devices", [{}, {"unknown": "no answer"}])
+def test_devices_that_a_container_does_not_see_are_a_warning(found, operator, devices):
+    """Stand-in devices are not in /sys. Nothing is judged about them, and the operator is told."""
+    operator.setitem(ENV, "NCCL_IB_GID_INDEX", "3")
+    (said,) = found(devices=devices)
+    assert (said.rule, said.refuses) == ("subnets", False) and "10.0.0.2 rocep1s0f0, 10.0.0.2 rocep1s0f1" in said.text
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("kernel", "6.14.0-1015-nvidia"), ("driver", "580.126"), ("cgroup driver", "systemd")]
+)
+def test_hosts_that_were_not_updated_alike_are_a_warning(found, fact, value):
+    """The text has both values. A value that could not be asked is a warning too."""
+    (said,) = found(**{fact: value})
+    assert said.rule == "host-software" and not said.refuses and f"is {FACTS[fact]} on" in said.text
+    assert value in said.text
+    (said,) = found(**{fact: {"unknown": "it broke"}})
+    assert said.rule == "host-software" and not said.refuses and "it broke" in said.text
+
+
+def test_the_probe_reads_each_device_from_sys(operator, tmp_path):
+    """An index without a GID is left out. An interface without an address or a speed is told with the reason."""
+    device = tmp_path / "class/infiniband/rocep1s0f0"
+    for path, text in {
+        "device/net/no-such-link/mtu": "9000",
+        "ports/1/gids/0": GIDS["0"][0],
+        "ports/1/gids/3": GIDS["3"][0],
+        "ports/1/gids/4": "0000:0000:0000:0000:0000:0000:0000:0000",
+        "ports/1/gid_attrs/types/0": GIDS["0"][1],
+        "ports/1/gid_attrs/types/3": GIDS["3"][1],
+    }.items():
+        (device / path).parent.mkdir(parents=True, exist_ok=True)
+        (device / path).write_text(f"{text}\n")
+    devices = runpy.run_path(str(ROOT / "cluster/inside/probe.py"))["devices"]
+    operator.setitem(devices.__globals__, "SYS", str(tmp_path))
+    told = devices()
+    assert told.keys() == {"rocep1s0f0"} and told["rocep1s0f0"]["netdev"] == "no-such-link"
+    assert told["rocep1s0f0"]["gids"] == {at: GIDS[at] for at in ("0", "3")}
+    assert "unknown" in told["rocep1s0f0"]["network"] and "unknown" in told["rocep1s0f0"]["speed"]
+
+
+WARNED = {"devices", "kernel", "driver", "cgroup driver"}
+
+
+@pytest.mark.parametrize("fact", [*FACTS.keys() - {"own_variables", "repository"} - WARNED])
 def test_an_unknown_fact_is_refused(found, fact):
     """A fact that the probe could not find out is refused, with the reason."""
     said = found(**{fact: {"unknown": "it broke"}})
@@ -145,7 +259,8 @@ def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
     """From vLLM 0.21 on each node keeps its own list. An earlier vLLM needs a file that names the variable."""
     operator.setitem(FACTS, "vllm", vllm)
     operator.setitem(FACTS, "own_variables", kept)
-    said = found(environment=ENV | {"NCCL_IB_HCA": "roceP2p1s0f0,rocep1s0f1"})
+    devices = DEVICES | {"roceP2p1s0f0": DEVICES["rocep1s0f0"]}
+    said = found(environment=ENV | {"NCCL_IB_HCA": "roceP2p1s0f0,rocep1s0f1"}, devices=devices)
     assert [one.rule for one in said] == ["nic-lists"] and said[0].refuses == bool(refused)
 
 

@@ -21,6 +21,7 @@ FACTS = {
     "links": {"roce0": {"state": "up"}, "roce1": {"state": "down"}},
     "vllm": "0.21.0",
     "ray": "2.55.0",
+    "gpus": [{"name": "NVIDIA GB10", "memory": None, "clock_mhz": 2418.0, "power_w": None, "temperature_c": 61.0}],
     "environment": {"NCCL_SOCKET_IFNAME": "roce0,roce1,roce2"},
 }
 SERVER = Served(True, NOW - 600, ("vllm", "serve", "some/model", "--max-model-len", "131072"))
@@ -65,6 +66,7 @@ def test_the_screen_has_every_node_and_the_server(asked, capsys):
     assert head.keys() == lost.keys() and (head["alive"], lost["alive"], lost["address"]) == (True, False, WORKER)
     assert "some/model (some/model), 131,072 tokens, 1 ranks, launched 10 min ago" in err and "2 h ago" in err
     assert "rank lost: One is gone. Next: inv down" in err and "vLLM 0.21.0, Ray 2.55.0" in err
+    assert head["gpus"] == FACTS["gpus"] and "GPU of 10.0.0.1: 2418 MHz, 61 °C\n" in err
     assert max(len(line) for line in err.splitlines()) <= 120
 
 

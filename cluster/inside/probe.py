@@ -25,6 +25,7 @@ SECONDS = 15
 PREFIXES = ("VLLM_", "NCCL_", "UCX_", "GLOO_", "TP_", "OMPI_")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
 MEMORY = ("MemTotal", "MemAvailable", "MemFree", "Cached", "SwapTotal", "SwapFree")  # of /proc/meminfo
+SYS = "/sys"
 IPC_LOCK = 14  # linux/capability.h
 SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
 
@@ -82,9 +83,9 @@ def since():
     return int(field("/proc/stat", "btime")) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def network():
-    """Return the network of the control link as ADDRESS/PREFIX."""
-    request = struct.pack("256s", os.environ["TP_SOCKET_IFNAME"].encode())
+def network(interface):
+    """Return an interface's IPv4 network as ADDRESS/PREFIX. Raises OSError if the interface has no IPv4 address."""
+    request = struct.pack("256s", interface.encode())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         told = [fcntl.ioctl(asked, number, request)[20:24] for number in (SIOCGIFADDR, SIOCGIFNETMASK)]
     return str(ipaddress.ip_interface("/".join(map(socket.inet_ntoa, told))).network)
@@ -96,8 +97,27 @@ def links():
     return {name: {"state": state, "mtu": int(mtu)} for name, (state, mtu) in told.items() if name != "lo"}
 
 
+def devices():
+    """Return each RoCE device with its interface, that interface's network and speed in Mbit/s, and its GIDs by index.
+
+    A GID comes with its type, RoCE v2 or IB/RoCE v1. An index without a GID is left out.
+    """
+    told = {}
+    for path in sorted(glob.glob(f"{SYS}/class/infiniband/*/device/net/*")):
+        folder, netdev = path.split("/device/net/")
+        table = {at: read(f"{folder}/ports/1/gids/{at}") for at in os.listdir(f"{folder}/ports/1/gids")}
+        filled = {at: gid for at, gid in table.items() if set(gid) - {*"0:"}}
+        told[os.path.basename(folder)] = {
+            "netdev": netdev,
+            "network": known(lambda netdev=netdev: network(netdev)),
+            "speed": known(lambda netdev=netdev: int(read(f"{SYS}/class/net/{netdev}/speed"))),
+            "gids": {at: [gid, read(f"{folder}/ports/1/gid_attrs/types/{at}")] for at, gid in filled.items()},
+        }
+    return told
+
+
 def facts(key, names):
-    env = os.environ
+    env, told = os.environ, {}
     asked = {
         # Stand-in hosts share a boot id. Their network namespaces differ, as those of two machines do.
         "host": lambda: f"{read('/proc/sys/kernel/random/boot_id')}/{os.stat('/proc/self/ns/net').st_ino}",
@@ -114,12 +134,18 @@ def facts(key, names):
         "infiniband": lambda: sorted(os.listdir("/dev/infiniband")),
         "memlock": lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "ipc_lock": lambda: bool(int(field("/proc/self/status", "CapEff"), 16) >> IPC_LOCK & 1),
-        "network": network,
+        "network": lambda: network(env["TP_SOCKET_IFNAME"]),
         "links": links,
+        "devices": devices,
+        "kernel": platform.release,
+        "driver": lambda: told["gpus"][0]["driver"],
+        "cgroup driver": lambda: env["NODE_RAY_CGROUP_DRIVER"],
         # The variables that vLLM's older Ray executor leaves to each node.
         "own_variables": lambda: json.loads(read("~/.config/vllm/ray_non_carry_over_env_vars.json")),
     }  # fmt: skip
-    return {name: known(ask) for name, ask in asked.items()}
+    for name, ask in asked.items():
+        told[name] = known(ask)
+    return told
 
 
 class Asker:
