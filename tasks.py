@@ -16,6 +16,7 @@ from cluster import plan as planned
 from cluster import token as tokens
 from cluster.command import Command, become, run, say, show, tell
 from cluster.models import Model, find_model, known_models
+from cluster.notes import operator_notes
 from cluster.repository import check_repository
 from cluster.settings import ModelSettings, Settings, load_settings
 
@@ -281,7 +282,7 @@ def _bring_up(c: Context, commands: Sequence[Command], guard: Callable[[], None]
 
 def _settings(name: Value = None, **flags: Value) -> Settings:
     settings = load_settings(find_model(name) if name is not None else None, flags)
-    say(*settings.notes, *settings.overridden())
+    say(*operator_notes(settings), *settings.notes, *settings.overridden())
     return settings
 
 

@@ -3,7 +3,7 @@
 Imports go one way: a module imports only modules that stand before it here. CONTRIBUTING.md says in a line each what
 they hold.
 
-    repository command models settings               the files, the command lines, and what somebody has set
+    repository command models settings notes         the files, the command lines, and what somebody has set
     links ports engine token node                    one node: its links, its Docker, its container with Ray
     image server plan guards cleanup                 the image, the server in the container, refusals, leftovers
     detached                                         a node that outlives its terminal

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engine import container_environment
 from cluster.finding import Finding, vllm_version
-from cluster.image import build_line
+from cluster.image import image_line
 from cluster.node import INSIDE
 from cluster.options import ask_inside
 from cluster.repository import repository_digest
@@ -138,7 +138,7 @@ def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     for node, image in _told(nodes[:1], "image"):
         if not image.partition(" ")[2]:
             text = f"inv build-image did not make the image of {node.address}, so its base is unknown. To use it as a "
-            yield Finding("image", f"{text}base: {build_line(settings)}", refuses=False)
+            yield Finding("image", f"{text}base: {image_line(settings, has=True)}", refuses=False)
 
 
 # --- The other rules --------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         overwrites = older and (isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept)
         text = f"NCCL_IB_HCA differs: {', '.join(f'{address} has {value}' for address, value in lists.items())}."
         if overwrites:
-            text += f" vLLM {vllm} would give every worker the head's. Type: {build_line(settings)}"
+            text += f" vLLM {vllm} would give every worker the head's. Type: {image_line(settings, has=True)}"
         yield Finding("nic-lists", text, refuses=overwrites)
 
 

@@ -66,10 +66,10 @@ def _check_docker(settings: Settings) -> None:
     labels = engine.image_labels(name)
     if labels is None:
         missing = f"Docker has no image {name} ({settings.origin('VLLM_IMAGE')})"
-        raise Exit(f"{missing}. Type: {image.missing_line(settings)}")
+        raise Exit(f"{missing}. Type: {image.image_line(settings, has=False)}")
     ray_version = labels.get("ray.version") or image.ask_ray_version(name)
     if not ray_version:
-        raise Exit(f"{name} ({settings.origin('VLLM_IMAGE')}) has no Ray. Type: {image.build_line(settings)}")
+        raise Exit(f"{name} ({settings.origin('VLLM_IMAGE')}) has no Ray. Type: {image.image_line(settings, has=True)}")
     token = token_file(settings)
     if token is None:
         say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")
@@ -99,7 +99,7 @@ def _wait_for_head(address: str, seconds: int) -> None:
 def before_launch(settings: ModelSettings) -> Container:
     """Return the head's container. Refuse if the head, its variables, the secrets or the ports are not ready."""
     head = the_head(settings)
-    required_secrets(settings)
+    required_values(settings)
     _check_variables(settings, head)
     nothing_serves(head)
     if obstacle := port_obstacle(settings["HOST"], int(settings["PORT"])):
@@ -113,11 +113,16 @@ def before_stop() -> None:
         raise Exit("No server runs in this node's container.")
 
 
-def required_secrets(settings: ModelSettings) -> None:
-    """Refuse if a secret that the model requires is unset or empty."""
+def required_values(settings: ModelSettings) -> None:
+    """Refuse if a secret or a variable of the containers that the model requires is unset or empty."""
     missing = [name for name in settings["REQUIRED_SECRETS"].split() if not settings.get(name)]
     if missing:
         raise Exit(f"{' and '.join(missing)} must be set for {settings.model.name}: in .env, or in the shell.")
+    if settings.lacking:
+        raise Exit(
+            f"{' and '.join(settings.lacking)} must not be empty for {settings.model.name}: its profile lists it in "
+            "VLLM_FORWARD_VARS, and a rank without it may choose other kernels. Unset it in the shell and in .env."
+        )
 
 
 def ray_answers(settings: Settings) -> None:

@@ -32,21 +32,16 @@ def build_command(settings: Settings) -> Command:
     return Command(lines, "every node", asks=asks)
 
 
-def missing_line(settings: Settings) -> str:
-    """Return what to type if Docker lacks the image: build what build-image makes, pull what a registry has."""
+def image_line(settings: Settings, has: bool) -> str:
+    """Return what to type if Docker lacks the image that VLLM_IMAGE names, or if Docker has it and it lacks Ray."""
     name = settings["VLLM_IMAGE"]
     if name == settings.get("TAG", DEFAULT_IMAGE):
         return "inv build-image"
-    return f"inv build-image --base-image BASE --tag {name}" if name.startswith("local/") else f"docker pull {name}"
-
-
-def build_line(settings: Settings) -> str:
-    """Return what to type for an image like VLLM_IMAGE with Ray in it. Another image becomes the base of a new one."""
-    name = settings["VLLM_IMAGE"]
-    if name == settings.get("TAG", DEFAULT_IMAGE):
-        return "inv build-image"
-    tag = f"local/vllm-ray:{re.split('[:/@]', name)[-1]}"
-    return f"inv build-image --base-image {name} --tag {tag}; then set VLLM_IMAGE={tag}"
+    ours = name.startswith("local/")
+    if not ours and not has:
+        return f"docker pull {name}"
+    base, tag = ("BASE", name) if ours else (name, f"local/vllm-ray:{re.split('[:/@]', name)[-1]}")
+    return f"inv build-image --base-image {base} --tag {tag}; then set VLLM_IMAGE={tag}"
 
 
 def ask_ray_version(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The settings of one run. A flag beats the shell, the shell beats `.env`, and `.env` beats the model's profile.
+"""The settings of one run: a flag beats the shell, then `<folder>/.env` of the model, `.env`, and the model's profile.
 
 A value that is set but empty is a value. Every name, default and form stands here. A value of the wrong form, an
 unknown name in a profile and a file that cannot be read raise Exit.
@@ -19,7 +19,7 @@ from typing import NamedTuple, Self, overload
 from invoke import Exit
 
 from cluster.command import SECRETS, printable, render, words_of
-from cluster.models import ROOT, Model, file_label, known_models, nearest, read_values
+from cluster.models import ROOT, Model, file_label, nearest, read_values
 
 # A value of these may be a secret, so no error message shows it.
 NEVER_SHOWN = (*SECRETS, "SERVE_EXTRA", "WATCH_HOOK")
@@ -177,7 +177,7 @@ def form(name: str) -> Form:
 
 
 class Setting(NamedTuple):
-    """One value, the text it was read from, and its origin: `flag --max-len`, `shell`, `.env`, a profile, `default`."""
+    """One value, the text it was read from, and its origin: `flag --max-len`, `shell`, a file, `default`."""
 
     value: str
     text: str
@@ -188,12 +188,14 @@ class Setting(NamedTuple):
 class Settings(Mapping[str, str]):
     """The settings of one run, name to value. A setting that is unset and has no default is absent.
 
-    `forward` names the variables that both containers start with. `notes` are sentences for the operator.
+    `forward` names the variables that both containers start with. `lacking` names those that the profile lists and that
+    are unset or empty. `notes` are sentences for the operator.
     """
 
     found: Mapping[str, Setting]
     model: Model | None
     forward: tuple[str, ...]
+    lacking: tuple[str, ...]
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> str:
@@ -224,7 +226,7 @@ class Settings(Mapping[str, str]):
         return {
             name: setting.text
             for name, setting in sorted(self.found.items())
-            if _of_operator(setting.origin) and setting.origin != ".env" and name not in stays
+            if _of_operator(setting.origin) and not setting.origin.endswith(".env") and name not in stays
         }
 
     def public(self) -> dict[str, str]:
@@ -273,11 +275,11 @@ def load_settings(
     model: Model | None = None, flags: Flags | None = None, shell: Mapping[str, str] = os.environ
 ) -> Settings:
     """Find every setting of a run with this model, or without one."""
-    site = _site_file(shell.get("ENV_FILE"))
-    site_values = read_values(site) if site else {}
+    site = {origin: read_values(file) for origin, file in site_files(model, shell.get("ENV_FILE")).items()}
     given = {f"flag {FLAGS[name]}": {name: text} for name, text in (flags or {}).items() if text is not None}
     defaults = {name: value for name, (value, _) in CORE.items() if value is not None}
-    sources = {**given, "shell": shell, ".env": site_values, **(_profiles(model) if model else {}), "default": defaults}
+    profiles = _profiles(model) if model else {}
+    sources = {**given, "shell": shell, **site, **profiles, "default": defaults}
 
     knobs = model.knobs if model else frozenset()
     found = {name: setting for name in sorted(knobs | CORE.keys()) if (setting := _find(name, sources, form(name)))}
@@ -289,25 +291,29 @@ def load_settings(
     forward |= {name: setting for name, setting in listed.items() if setting and setting.value}
     empty = [name for name in listed if name not in forward]
     notes = [f"VLLM_FORWARD_VARS lists {name}, which is unset or empty: no container gets it." for name in empty]
-    notes += _strays(shell, site_values, {*knobs, *listed})
-    if site and any(site_values.get(name) for name in SECRETS) and site.stat().st_mode & 0o077:
-        notes.append(f"{file_label(site)} holds a secret and others can read it: chmod 600 {shlex.quote(str(site))}")
-    settings = Settings({**forward, **found}, model, tuple(forward), tuple(notes))
+    of_profile = " ".join(values.get("VLLM_FORWARD_VARS", "") for values in profiles.values()).split()
+    of_model = tuple(name for name in empty if name in of_profile)
+    settings = Settings({**forward, **found}, model, tuple(forward), of_model, tuple(notes))
     return _with_model(settings, model) if model else settings
 
 
 def _of_operator(origin: str) -> bool:
-    return origin in ("shell", ".env") or origin.startswith("flag ")
+    return origin in ("shell", ".env") or origin.startswith("flag ") or origin.endswith("/.env")
 
 
-def _site_file(named: str | None) -> Path | None:
-    """Return the file of this site: the one that ENV_FILE names (empty: none), otherwise `.env` if it exists."""
-    if named == "" or (named is None and not os.path.lexists(ROOT / ".env")):
-        return None
-    file = Path(named or ROOT / ".env")
-    if not os.path.isfile(file):
-        raise Exit(f"{str(file)!r} is no file that can be read. ENV_FILE may name another file, or be empty.")
-    return file
+def site_files(model: Model | None, named: str | None) -> dict[str, Path]:
+    """Return the operator's files by origin: `.env` of the model's folder and of the root, as far as they exist.
+
+    If ENV_FILE is set, only the file that it names counts, or none if it is empty.
+    """
+    files = {".env": Path(named)} if named else {}
+    if named is None:
+        places = [f"{model.folder}/.env"] if model else []
+        files = {place: ROOT / place for place in (*places, ".env") if os.path.lexists(ROOT / place)}
+    for file in files.values():
+        if not os.path.isfile(file):
+            raise Exit(f"{str(file)!r} is no file that can be read. ENV_FILE may name another file, or be empty.")
+    return files
 
 
 def _profiles(model: Model) -> Sources:
@@ -359,18 +365,6 @@ def _with_model(settings: Settings, model: Model) -> ModelSettings:
         note = f"{allocator} is empty, because vLLM refuses {settings[allocator]} beside {connector[0]}."
         settings = replace(settings.emptied([allocator], "KV connector"), notes=(*settings.notes, note))
     return ModelSettings(**vars(settings))
-
-
-def _strays(shell: Mapping[str, str], site_values: Mapping[str, str], used: set[str]) -> list[str]:
-    """Return a note for each name in the shell that only other models know, and for each in `.env` that is unknown."""
-    keys = frozenset[str]().union(*(model.keys for model in known_models().values()))
-    unused = sorted((keys & shell.keys()) - CORE.keys() - used)
-    known = CORE.keys() | keys | used
-    strangers = sorted(site_values.keys() - known)
-    return [
-        *(f"{name} is set in the shell, but this run does not use it." for name in unused),
-        *(f".env sets {name}, which nothing knows{nearest(name, known)}." for name in strangers),
-    ]
 
 
 # --- VLLM_FORWARD_VARS -----------------------------------------------------------------------------------------------

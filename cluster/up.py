@@ -140,7 +140,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     What is up already is left alone. If a step fails, what this run has started is taken down again, unless keep.
     allowed: rules that do not refuse. fabric: prove the data plane too.
     """
-    guards.required_secrets(settings)
+    guards.required_values(settings)
     workers = workers_needed(settings)
     with _only_one(settings), _undone_on_failure(settings, workers, keep) as started:
         _bring_up_nodes(settings, net, workers, started)

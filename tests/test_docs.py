@@ -154,6 +154,49 @@ def test_the_messages_of_the_troubleshooting_are_printed_by_the_code():
     assert [part for part in _messages() if part not in code] == []
 
 
+# --- The article -----------------------------------------------------------------------------------------------------
+
+FROM_THE_ARTICLE = (ROOT / "docs/from-the-article.md").read_text()
+SCRIPTS = (
+    *("cluster/Dockerfile", "cluster/build-image.sh", "cluster/lib.sh", "cluster/head/run_headnode_2.sh"),
+    *("cluster/worker/run_workernode_2.sh", "run_cluster.sh", "ray_inference_health.sh", "nemotron/cluster-env.sh"),
+    *("nemotron/launch-nemotron-120b.sh", "qwen/launch-qwen-30b.sh", "qwen/launch-qwen-122b.sh"),
+    *("nemotron/.env", "qwen/.env", "docker rm -f", "vllm bench serve", "watchdog"),
+)
+
+
+def _ours() -> list[str]:
+    """Return what stands in backticks in the second column of the tables: what is here in the article's place."""
+    rows = [row.split(" | ") for row in FROM_THE_ARTICLE.splitlines() if row.startswith("| ")]
+    return [quoted for row in rows for quoted in re.findall("`([^`]+)`", row[1])]
+
+
+def test_every_script_of_the_article_has_its_successor():
+    """Each script and each habit of the article stands in the first column."""
+    rows = [row.split(" | ")[0] for row in FROM_THE_ARTICLE.splitlines() if row.startswith("| ")]
+    assert [script for script in SCRIPTS if not any(script in row for row in rows)] == []
+
+
+def test_the_defaults_beside_the_articles_are_the_codes():
+    """Each NAME=value and each flag in the second column is a default, a profile's value, or a word of a command."""
+    lines = "\n".join(file.read_text() for file in (ROOT / "tests/golden").glob("*.txt"))
+    profile = [file.read_text() for file in (ROOT / "nemotron/120b.env", ROOT / "nemotron/cluster.env")]
+    known = {*lines.split(), *"\n".join(profile).split(), *(f"{name}={value[0]}" for name, value in CORE.items())}
+    claims = [one for one in _ours() if re.match("[A-Z_]+=|--", one)]
+    assert len(claims) >= 15
+    assert [one for one in claims if not set(one.split()) <= known] == []
+
+
+def test_the_settings_and_files_beside_the_articles_are_there():
+    """Each setting and each file that the page names exists."""
+    names = set(re.findall("`([A-Z][A-Z_]{3,})[`=]", FROM_THE_ARTICLE))
+    known = set(CORE).union(*(model.knobs | model.keys for model in known_models().values()))
+    words = {"MAX_JOBS", "VLLM_NO_USAGE_STATS"}
+    assert names - known == words and "OBJECT_STORE_MEMORY" in names
+    files = [one for one in _ours() if re.fullmatch(r"\w+/[\w./]+", one)]
+    assert len(files) >= 3 and all((ROOT / file).exists() for file in files)
+
+
 def test_no_path_of_a_machine_is_in_the_repository():
     """No file names the folder of this checkout or anybody's home."""
     words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]

@@ -126,7 +126,10 @@ NGC = "nvcr.io/nvidia/vllm:25.11-py3"
         ({}, "local/vllm-ray:26.05.post1 (default). Type: inv build-image"),
         ({"VLLM_IMAGE": "mine:1", "TAG": "mine:1"}, "mine:1 (shell). Type: inv build-image"),
         ({"VLLM_IMAGE": NGC}, f"{NGC} (shell). Type: docker pull {NGC}"),
-        ({"VLLM_IMAGE": "local/a:2"}, "local/a:2 (shell). Type: inv build-image --base-image BASE --tag local/a:2"),
+        (
+            {"VLLM_IMAGE": "local/a:2"},
+            "local/a:2 (shell). Type: inv build-image --base-image BASE --tag local/a:2; then set VLLM_IMAGE=local/a:2",
+        ),
     ],
 )
 def test_a_missing_image_is_named(shell, remedy, docker):
@@ -206,6 +209,15 @@ def test_launch_without_the_secrets_of_the_profile(model, names, docker):
     """Each required secret that is unset or empty is named."""
     docker.containers = [Container(**NEMOTRON)]
     assert _launch(model, HF_TOKEN="", VLLM_API_KEY="").startswith(f"{names} must be set for {model}")
+
+
+def test_launch_with_a_variable_of_the_profile_emptied(docker):
+    """A rank without the variable would choose other kernels, so launch is refused. An operator's own name may be."""
+    docker.containers = [Container(**NEMOTRON)]
+    said = _launch(VLLM_NVFP4_GEMM_BACKEND="", VLLM_FORWARD_VARS="MINE")
+    assert said.startswith("VLLM_NVFP4_GEMM_BACKEND must not be empty for nemotron: its profile lists it")
+    docker.containers = []
+    assert "must not be empty" not in _launch(VLLM_FORWARD_VARS="MINE", MINE="")
 
 
 def test_launch_where_the_containers_started_without_the_models_variables(docker):

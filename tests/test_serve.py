@@ -223,10 +223,21 @@ def test_there_is_one_recorder(serve, tmp_path):
         child.communicate()
 
 
-def test_a_fetch_prints_the_commit(serve, tmp_path):
-    """`hf download` notes the commit beside the file. A download that fails prints no commit, and fails."""
-    kept = tmp_path / "parsers/.cache/huggingface/download"
-    kept.mkdir(parents=True)
-    (kept / "parser.py.metadata").write_text("0123abc\n1700000000\n")
-    assert serve("fetch", "true", str(tmp_path / "parsers")).stdout == "0123abc\n"
-    assert serve("fetch", "false", str(tmp_path / "parsers")).returncode == 1
+def test_a_fetch_happens_once_and_prints_the_commit(serve, tmp_path):
+    """`hf download` notes the commit beside a whole file, which then stays as it is. Without the note it is fetched."""
+    hf, folder = tmp_path / "hf", tmp_path / "parsers"
+    noted = folder / ".cache/huggingface/download/parser.py.metadata"
+    hf.write_text(f"""#!/bin/sh
+mkdir -p {noted.parent}; echo asked >>{tmp_path}/asked; echo code >{folder}/$3; printf '%s\\n' $COMMIT 17 >{noted}
+""")
+    hf.chmod(0o755)
+    words = ("fetch", str(hf), "download", "a/b", "parser.py", "--revision", "main", "--local-dir", str(folder))
+    assert [serve(*words, COMMIT=commit).stdout for commit in ("0123abc", "new")] == ["0123abc\n"] * 2
+    (folder / "parser.py").unlink()
+    assert serve(*words, COMMIT="new").stdout == "new\n"
+    noted.unlink()
+    assert serve(*words, COMMIT="newer").stdout == "newer\n"
+    assert (tmp_path / "asked").read_text().count("asked") == 3
+    noted.unlink()
+    hf.write_text("#!/bin/sh\nexit 3\n")
+    assert (serve(*words).returncode, serve(*words).stdout) == (3, "")

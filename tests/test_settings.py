@@ -1,12 +1,15 @@
 """Settings: which source wins, which values are taken, and how a refusal or a note reads."""
 
 import os
+import shutil
 
 import pytest
 from invoke import Exit
 
-from cluster import models
+from cluster import models, settings
 from cluster.models import Model, find_model
+from cluster.notes import operator_notes
+from cluster.repository import ROOT
 from cluster.settings import CORE, Settings, load_settings
 
 
@@ -248,20 +251,19 @@ def test_an_unknown_name_in_dotenv_is_a_note_with_the_nearest(name, near, settle
     """A name that nothing knows is reported, because a typing error would otherwise go unseen."""
     env_file.write_text(f"{name}=1\n")
     hint = f" (did you mean {near}?)" if near else ""
-    assert settle().notes == (f".env sets {name}, which nothing knows{hint}.",)
+    assert operator_notes(settle()) == [f".env sets {name}, which nothing knows{hint}."]
 
 
 def test_a_knob_of_another_model_in_dotenv_is_known(settle, env_file):
     """One .env serves all models, so a knob that this model lacks is no mistake."""
     env_file.write_text("ENABLE_PREFIX_CACHING=0\nENABLE_MTP=1\nVLLM_FORWARD_VARS=MINE\nMINE=1\n")
-    assert settle("nemotron").notes == settle("qwen-30b").notes == ()
+    assert operator_notes(settle("nemotron")) == operator_notes(settle("qwen-30b")) == []
 
 
 def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
     """`ENABLE_MTP=1 inv launch --model qwen-30b` changes nothing, and a note says so."""
-    assert settle("qwen-30b", ENABLE_MTP="1").notes == (
-        "ENABLE_MTP is set in the shell, but this run does not use it.",
-    )
+    said = operator_notes(settle("qwen-30b"), {"ENABLE_MTP": "1"})
+    assert said == ["ENABLE_MTP is set in the shell, but this run does not use it."]
 
 
 @pytest.mark.parametrize(("mode", "noted"), [(0o600, False), (0o640, True), (0o604, True)])
@@ -270,10 +272,46 @@ def test_a_dotenv_with_a_secret_is_for_its_owner(mode, noted, text, settle, env_
     """A secret that other users can read brings a note with the chmod to type. A file without a secret brings none."""
     env_file.write_text(text)
     env_file.chmod(mode)
-    said = settle().notes
-    assert said == ((f"{env_file} holds a secret and others can read it: chmod 600 {env_file}",) if noted else ())
+    said = operator_notes(settle())
+    assert said == ([f"{env_file} holds a secret and others can read it: chmod 600 {env_file}"] if noted else [])
     env_file.write_text("PORT=1\n")
-    assert settle().notes == ()
+    assert operator_notes(settle()) == []
+
+
+@pytest.fixture
+def site(operator, tmp_path):
+    """Load settings in a checkout whose folders have a `.env`: site({"nemotron": "PORT=1"}, "nemotron")."""
+    operator.delenv("ENV_FILE")
+    for module in (settings, models):
+        operator.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "nemotron").mkdir()
+    for name in ("120b", "cluster"):
+        shutil.copy(ROOT / f"nemotron/{name}.env", tmp_path / "nemotron")
+
+    def settled(files: dict[str, str], model: str | None = "nemotron", **shell: str) -> Settings:
+        for folder, text in files.items():
+            (tmp_path / folder / ".env").write_text(text)
+            (tmp_path / folder / ".env").chmod(0o644)
+        found = Model("nemotron", "120b", "nemotron") if model else None
+        return load_settings(found, {}, {**os.environ, **shell})
+
+    return settled
+
+
+def test_a_models_dotenv_beats_the_roots(site, tmp_path):
+    """`nemotron/.env` is read for its model, wins over `.env`, and its origin is shown. Secrets in it are noted."""
+    files = {"": "PORT=1\nHOST=::\nHF_TOKEN=hf_marker", "nemotron": "PORT=2\nMOE_BACKEND=\nVLLM_API_KEY=sk\nCOLOUR=1"}
+    found = site(files)
+    assert (found["PORT"], found.origin("PORT"), found["HOST"]) == ("2", "nemotron/.env", "::")
+    assert "PORT = 2 (nemotron/.env)" in found.overridden() and "VLLM_API_KEY set (nemotron/.env)" in found.overridden()
+    assert operator_notes(found) == [
+        "nemotron/.env sets COLOUR, which nothing knows.",
+        f"nemotron/.env holds a secret and others can read it: chmod 600 {tmp_path}/nemotron/.env",
+        f".env holds a secret and others can read it: chmod 600 {tmp_path}/.env",
+    ]
+    assert found.handed_on() == {} and found["MOE_BACKEND"] == ""
+    assert site({}, PORT="3")["PORT"] == "3" and site({}, None)["PORT"] == "1"
+    assert site({}, ENV_FILE="")["PORT"] == "8000"
 
 
 # --- Profiles ---

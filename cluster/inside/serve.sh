@@ -62,8 +62,10 @@ stop() { # ask the server to end, wait up to 30 s, then force it
     kill -KILL -- "-$server"
 }
 
-fetch() { # PROGRAM ARGUMENT... FOLDER: run `hf download` and print the commit that it noted beside each file
-    NO_COLOR=1 "$@" && head -qn1 "${!#}"/.cache/huggingface/download/*.metadata
+fetch() { # hf download REPOSITORY FILE ... FOLDER: fetch the file once for a folder, and print the commit it came from
+    noted=${!#}/.cache/huggingface/download/$4.metadata # hf writes this when the file is whole
+    [ -e "${!#}/$4" ] && [ -e "$noted" ] || NO_COLOR=1 "$@" || exit
+    head -n1 "$noted"
 }
 
 "$@" # the first argument names one of the functions above

@@ -63,6 +63,7 @@ def repository(sparks):
     def start(*words: str):
         started.append(sparks[0].popen(sys.executable, "-c", REPOSITORY, *words, stdout=subprocess.PIPE))
         started[-1].stdout.readline()
+        return started[-1]
 
     yield start
     for process in started:
@@ -70,11 +71,14 @@ def repository(sparks):
 
 
 def test_it_comes_with_its_commit_and_then_needs_no_network(launch, repository, sparks):
-    """The file is whole, and its commit is printed."""
-    repository()
-    said, files = launch()
-    assert f"is here, from commit {COMMIT}." in said
-    assert [file.read_bytes() for file in files] == [WHOLE]
+    """The file is whole, and its commit is printed. The next launch uses the file as it is, without a network."""
+    there = repository()
+    for _ in range(2):
+        said, files = launch()
+        assert f"is here, from commit {COMMIT}." in said and "could not be fetched" not in said
+        assert [file.read_bytes() for file in files] == [WHOLE]
+        there.kill()
+        there.wait()
 
 
 def test_cut_off_it_is_not_there_and_no_server_starts(launch, repository, sparks):
