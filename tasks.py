@@ -6,7 +6,9 @@ dry run does not need is imported inside its task, because every start would pay
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 from invoke import Collection, Context, Exit, Task, task
 
@@ -69,7 +71,7 @@ def worker(
 @verb(help=LOAD | {"detach": LEAVE})
 def launch(c: Context, model: str, max_len: Value = None, allow: Value = None, detach: bool = False) -> None:
     """Check every node, serve a model, follow its log."""
-    settings = _model_settings(model, max_len)
+    settings = _model_settings(model, max_len, "launch", allow=allow, detach=detach)
     if _dry(c, *server.launch_commands(settings, detach)):
         return
     from cluster import check as checks
@@ -89,7 +91,7 @@ def up(
     from cluster import check as checks
     from cluster import up as all_nodes
 
-    settings = _model_settings(model, max_len)
+    settings = _model_settings(model, max_len, "up", allow=allow, keep=keep, fabric=fabric)
     net = node.find_network(settings)
     if not _dry(c, *all_nodes.up_commands(settings, net)):
         all_nodes.bring_up(settings, net, checks.rule_names(allow), keep, fabric)
@@ -286,12 +288,13 @@ def _settings(name: Value = None, **flags: Value) -> Settings:
     return settings
 
 
-def _model_settings(name: Value, max_len: Value) -> ModelSettings:
+def _model_settings(name: Value, max_len: Value, task: str = "launch", **own: Value | bool) -> ModelSettings:
     if name is None:
         raise Exit(f"--model is missing; it takes one of {', '.join(known_models())}.")
     settings = _settings(name, MAX_MODEL_LEN=max_len)
     assert isinstance(settings, ModelSettings)
-    return settings
+    flags = [[f"--{flag}", *([value] if isinstance(value, str) else [])] for flag, value in own.items() if value]
+    return replace(settings, typed=(task, *chain(*flags)))
 
 
 def _launcher(model: Model) -> Task:

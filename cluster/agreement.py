@@ -148,7 +148,7 @@ def _enough(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     have, needed = sorted({node.address for node in nodes if node.ray_gpus >= 1}), settings.world_size()
     if len(have) < needed:
         text = f"The model needs {needed} nodes with a GPU (TP_SIZE times PP_SIZE); Ray has {len(have)}: "
-        yield Finding("nodes", f"{text}{', '.join(have) or 'none'}. On each that is missing: inv worker")
+        yield Finding("nodes", f"{text}{', '.join(have) or 'none'}. On each that is missing: {settings.line('worker')}")
 
 
 def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -158,7 +158,7 @@ def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         if twin is not node:
             whose = "the head's own machine" if twin is nodes[0] else f"the machine of {twin.address}"
             text = f"The worker {node.address} was started on {whose} ({twin.hostname}), so both ranks would share one "
-            yield Finding("hosts", f"{text}Spark. End it by Ctrl-C; then on the other Spark: inv worker")
+            yield Finding("hosts", f"{text}Spark. End it by Ctrl-C; then on the other Spark: {settings.line('worker')}")
 
 
 def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -175,7 +175,7 @@ def _checkout(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         text = (
             f"This checkout (sha256 {now:.12}) is not the version of this repository that started "
             f"{', '.join(f'{address} ({digest:.12})' for address, digest in started)}. In both checkouts: git status; "
-            "git pull; then inv down; then inv up"
+            f"git pull; then inv down; then {settings.line('up')}"
         )
         yield Finding("wrapper", text, refuses=False)
 
@@ -194,7 +194,7 @@ def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _bring_up(settings: Settings) -> str:
-    return f"inv head or inv worker{f' --model {settings.model.name}' if settings.model else ''}"
+    return settings.line("head or inv worker")
 
 
 def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:

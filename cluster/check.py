@@ -119,7 +119,9 @@ def tell_inspection(found: Inspection, allowed: Sequence[str] = ()) -> None:
         text = f"PASSED OVER by --allow: {', '.join(passed)}"
         Console(stderr=True, highlight=False).print(text, style="bold red", markup=False)
     if refused := [rule for rule in rules if rule not in allowed]:
-        raise Exit(f"Nothing was loaded. Mend what was refused, or accept the risk: --allow {','.join(refused)}")
+        raise Exit(
+            f"Nothing was loaded. Mend what was refused, or accept the risk: --allow {','.join([*passed, *refused])}"
+        )
 
 
 def foretell(found: Inspection) -> None:

@@ -29,8 +29,9 @@ def before_head(settings: Settings, net: Network) -> None:
     address = settings["HEAD_NODE_IP"]
     if not is_own_address(address):
         raise Exit(
-            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host. "
-            f"Set it in .env on every node; on a node that is not the head, type: inv worker{_model_flag(settings)}"
+            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host "
+            f"({net.address}), so this node is a worker. Type here: {settings.line('worker')}; or the same command on "
+            f"the head. If this host is to be the head, set HEAD_NODE_IP={net.address} in .env on every node."
         )
     if net.address != address:
         source = "VLLM_HOST_IP" if "VLLM_HOST_IP" in settings else "PRIMARY_IF"
@@ -46,7 +47,7 @@ def before_worker(settings: Settings, net: Network) -> None:
     if is_own_address(address):
         raise Exit(
             f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is this host, and both ranks would "
-            f"share one Spark. Type inv head{_model_flag(settings)} here, and inv worker on the other node."
+            f"share one Spark. Type {settings.line('head')} here, and inv worker on the other node."
         )
     if not is_own_address(net.address):
         raise Exit(
@@ -54,7 +55,7 @@ def before_worker(settings: Settings, net: Network) -> None:
             "Without this setting the node has the address of PRIMARY_IF."
         )
     _check_docker(settings)
-    _wait_for_head(address, int(settings["WAIT_HEAD_S"]))
+    _wait_for_head(settings)
 
 
 def _check_docker(settings: Settings) -> None:
@@ -80,15 +81,16 @@ def _check_docker(settings: Settings) -> None:
         )
 
 
-def _wait_for_head(address: str, seconds: int) -> None:
+def _wait_for_head(settings: Settings) -> None:
+    address, seconds = settings["HEAD_NODE_IP"], int(settings["WAIT_HEAD_S"])
     deadline = time.monotonic() + seconds
     if not port_answers(address, RAY_PORT):
         say(f"Waiting up to {seconds} s for the head at {address}:{RAY_PORT}.")
     while not port_answers(address, RAY_PORT):
         if time.monotonic() > deadline:
             raise Exit(
-                f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). Type inv head there; if it "
-                "runs, check the cable and HEAD_NODE_IP."
+                f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). If it runs, check the cable "
+                f"and HEAD_NODE_IP; otherwise type there: {settings.line('head')}"
             )
         time.sleep(0.3)
 
@@ -103,7 +105,7 @@ def before_launch(settings: ModelSettings) -> Container:
     _check_variables(settings, head)
     nothing_serves(head)
     if obstacle := port_obstacle(settings["HOST"], int(settings["PORT"])):
-        raise Exit(f"The API cannot listen: {obstacle}. Set HOST, or another port: PORT=8001 inv launch ...")
+        raise Exit(f"The API cannot listen: {obstacle}. Set HOST, or another port: {settings.line(PORT='8001')}")
     ray_answers(settings)
     return head
 
@@ -145,11 +147,12 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
         if env.get(name) != settings[name]
     ]
     if wrong:
+        again = {settings.line("worker"): "on every other node", settings.line("head"): "here"}
         raise Exit(
             f"The head's container did not start with what {settings.model.name} needs:\n"
             + "\n".join(wrong)
             + "\nA running container cannot get them, so every node needs a new one. Type: inv down; then:\n"
-            f"  inv head{_model_flag(settings)}     # here\n  inv worker{_model_flag(settings)}   # on every other node"
+            + "\n".join(f"  {line}     # {where}" for line, where in reversed(again.items()))
         )
 
 
@@ -168,7 +171,7 @@ def running_node(next_step: str) -> Container:
 
 def the_head(settings: Settings) -> Container:
     """Return the running container of the head. Refuse on a worker, and if no such container runs."""
-    found = running_node(f"Type: inv head{_model_flag(settings)}")
+    found = running_node(f"Type: {settings.line('head')}")
     is_head(found)
     if server.is_earlier(found):
         raise Exit(server.EARLIER)
@@ -190,7 +193,3 @@ def head_of(found: Container) -> str:
     if not (head := engine.container_environment(found).get("MASTER_ADDR")):
         raise Exit(f"The {CONTAINER} here was started by neither inv head nor inv worker. To see it: inv cleanup")
     return head
-
-
-def _model_flag(settings: Settings) -> str:
-    return f" --model {settings.model.name}" if settings.model else ""

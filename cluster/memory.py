@@ -236,7 +236,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
         )
         found.append(Finding("page-cache", text, refuses=False))
     if layout and (largest := layout.largest(budget.cache)) < demand.length:
-        fits = f"{settings.launch_line} --max-len {largest}" if largest else "none, whatever the --max-len"
+        fits = settings.line(MAX_MODEL_LEN=str(largest)) if largest else "none, whatever the --max-len"
         text = (
             f"{demand.length:,} tokens need {layout.least(demand.length) / GIB:.2f} GiB of KV cache, and GPU_MEM_UTIL "
             f"{demand.utilization:g} leaves {budget.cache / GIB:.2f} on {node.name}. The largest that fits: {fits}. "
@@ -246,7 +246,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
         default = "" if demand.sequences else " (vLLM's default on this GPU)"
         text = (
             f"vLLM would refuse MAX_NUM_SEQS {budget.sequences}{default} after loading: each sequence needs a cache "
-            f"block, and {node.name} has {budget.blocks}. Type: MAX_NUM_SEQS={budget.blocks} {settings.launch_line}. "
+            f"block, and {node.name} has {budget.blocks}. Type: {settings.line(MAX_NUM_SEQS=str(budget.blocks))}. "
         )
         found.append(Finding("memory-sequences", text + _proposal(budget, settings, min)))
     if layout and budget.batched < layout.least_batched:
@@ -254,7 +254,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
         text = (
             f"vLLM {'.'.join(map(str, demand.vllm))} would die after loading: MAX_NUM_BATCHED_TOKENS is "
             f"{budget.batched}{default}, and with prefix caching a step must hold the {layout.least_batched} tokens of "
-            f"a cache block. Type: MAX_NUM_BATCHED_TOKENS={1 << layout.block.bit_length()} {settings.launch_line}"
+            f"a cache block. Type: {settings.line(MAX_NUM_BATCHED_TOKENS=str(1 << layout.block.bit_length()))}"
         )
         found.append(Finding("memory-batched", text))
     return found
@@ -277,7 +277,7 @@ def _proposal(
     for keep in (float(settings[name]) for name in keeps):
         highest = budget.reservation + budget.left - keep * GIB
         if fitting := [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]:
-            return f"Type: GPU_MEM_UTIL={choose(fitting):.2f} {settings.launch_line}"
+            return f"Type: {settings.line(GPU_MEM_UTIL=f'{choose(fitting):.2f}')}"
     return (
         f"No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g}) holds the cache and leaves the host {keep:g} GiB. "
         f"To see what else runs on {budget.node.name}, type there: free -g"

@@ -132,7 +132,7 @@ def gated(
     settings: ModelSettings, head: Container, known: Known
 ) -> tuple[ModelSettings, Sequence[str], Sequence[Finding]]:
     """Return the settings for the launch, a sentence for each knob that IMAGE_GATES=auto emptied, and the findings."""
-    env, launch = container_environment(head), settings.launch_line
+    env = container_environment(head)
     said: list[str] = []
     while problems := examine(serve_words(settings), known, env):
         knobs = {option: knob for option in problems if (knob := _knob(settings, option))}
@@ -140,22 +140,23 @@ def gated(
             break
         option, knob = next(iter(knobs.items()))
         settings = settings.emptied([knob], "IMAGE_GATES=auto")
-        said.append(f"{problems[option]} IMAGE_GATES=auto sets {_spelled(knob)}")
+        said.append(f"{problems[option]} IMAGE_GATES=auto sets {knob}={_off(knob)}")
     findings = []
     for option, problem in problems.items():
         if option in knobs:
-            do = f"Type: {_spelled(knobs[option])} {launch}; or: IMAGE_GATES=auto {launch}"
+            off = settings.line(**{knobs[option]: _off(knobs[option])})
+            do = f"Type: {off}; or: {settings.line(IMAGE_GATES='auto')}"
         else:
             in_template = option in dict(given_options(serve_words(settings.emptied(["SERVE_EXTRA"], "a trial"))))
             place = f"{settings.model.serve}, which has no knob for it," if in_template else "SERVE_EXTRA"
-            do = f"Take it out of {place} or serve with another image: VLLM_IMAGE=... {launch}"
+            do = f"Take it out of {place} or serve with another image: {settings.line(VLLM_IMAGE='...')}"
         findings.append(Finding("options", f"{problem} {do}"))
     return settings, said, findings
 
 
-def _spelled(knob: str) -> str:
-    """Return the words that empty a knob: `ENABLE_X=0`, and `NAME=` for the others."""
-    return f"{knob}={'0' if knob.startswith('ENABLE_') else ''}"
+def _off(knob: str) -> str:
+    """Return the value that drops a knob's words: 0 for ENABLE_X, nothing for the others."""
+    return "0" if knob.startswith("ENABLE_") else ""
 
 
 def _knob(settings: ModelSettings, option: str) -> str | None:

@@ -174,8 +174,8 @@ def prepare(settings: ModelSettings) -> None:
         except Exit as error:
             raise Exit(
                 f"The reasoning parser could not be fetched: {error.message}\nCheck the network and HF_TOKEN. To start "
-                "without the file, type REASONING_PARSER=nemotron_v3 (vLLM 0.17.1 and later) or "
-                "ENABLE_REASONING_PARSER=0 before the same command."
+                f"without the file (vLLM 0.17.1 and later): {settings.line(REASONING_PARSER='nemotron_v3')}; with no "
+                f"parser: {settings.line(ENABLE_REASONING_PARSER='0')}"
             ) from None
         say(f"The reasoning parser is here, from commit {commit.splitlines()[-1] if commit else 'unknown'}.")
 

@@ -21,8 +21,9 @@ from invoke import Exit
 from cluster.command import SECRETS, printable, render, words_of
 from cluster.models import ROOT, Model, file_label, nearest, read_values
 
-# A value of these may be a secret, so no error message shows it.
-NEVER_SHOWN = (*SECRETS, "SERVE_EXTRA", "WATCH_HOOK")
+# A value of these may be a secret, so no line shows it. A malformed value of NEVER_SHOWN may be one too.
+HIDDEN = (*SECRETS, "WATCH_HOOK")
+NEVER_SHOWN = (*HIDDEN, "SERVE_EXTRA")
 # These belong to one node. `up` does not pass them on.
 OF_ONE_NODE = (
     *("VLLM_HOST_IP", "NCCL_IB_GID_INDEX", "SYSFS", "CACHE_DIR", "HF_CACHE", "RAY_AUTH_TOKEN_PATH", "WORKER_HOSTS"),
@@ -189,7 +190,7 @@ class Settings(Mapping[str, str]):
     """The settings of one run, name to value. A setting that is unset and has no default is absent.
 
     `forward` names the variables that both containers start with. `lacking` names those that the profile lists and that
-    are unset or empty. `notes` are sentences for the operator.
+    are unset or empty. `notes` are sentences for the operator. `typed` is the task with the flags that are no settings.
     """
 
     found: Mapping[str, Setting]
@@ -197,6 +198,7 @@ class Settings(Mapping[str, str]):
     forward: tuple[str, ...]
     lacking: tuple[str, ...]
     notes: tuple[str, ...]
+    typed: tuple[str, ...] = ("launch",)
 
     def __getitem__(self, name: str) -> str:
         return self.found[name].value
@@ -215,7 +217,7 @@ class Settings(Mapping[str, str]):
         lines = []
         for name, setting in sorted(self.found.items()):
             if _of_operator(setting.origin):
-                secret = setting.value and name in (*SECRETS, "WATCH_HOOK")
+                secret = setting.value and name in HIDDEN
                 shown = "set" if secret else f"= {setting.value or setting.text or '(empty)'}"
                 lines.append(f"{name} {shown} ({setting.origin})")
         return lines
@@ -241,6 +243,24 @@ class Settings(Mapping[str, str]):
         """Return the same settings, with these names set but empty."""
         return replace(self, found={**self.found, **dict.fromkeys(names, Setting("", "", origin))})
 
+    def line(self, task: str = "", **changed: str) -> str:
+        """Return the line that was typed, with these settings changed, or the line of another task for the same model.
+
+        Settings of the shell stand before it, because a setting may be typed for one command alone. No secret does. An
+        `up` brings up every node, so it stands for `head` and `worker` too.
+        """
+        same = not task or self.typed[0] == "up"
+        found = {name: one for name, one in sorted(self.found.items()) if name not in HIDDEN}
+        flags = {name: one.text for name, one in found.items() if same and one.origin.startswith("flag ")}
+        shell = {name: one.text for name, one in found.items() if one.origin == "shell"}
+        for name, value in changed.items():
+            (flags if name in FLAGS else shell)[name] = value
+        words = ["--model", self.model.name] if self.model else []
+        words += [word for name, value in flags.items() for word in (FLAGS[name], value)]
+        before = [f"{name}={value and shlex.quote(value)} " for name, value in shell.items() if name not in flags]
+        first, *own = self.typed if same else (task,)
+        return "".join(before) + shlex.join(["inv", *first.split(), *words, *own])
+
     def workers(self) -> list[str]:
         """Return every worker as ssh knows it: WORKER_HOSTS, or the addresses in WORKER_IP."""
         hosts = self.get("WORKER_HOSTS", self["WORKER_IP"]).split(",")
@@ -256,10 +276,6 @@ class ModelSettings(Settings):
     """The settings of a run that has a model."""
 
     model: Model
-
-    @property
-    def launch_line(self) -> str:
-        return f"inv launch --model {self.model.name}"
 
 
 Flags = Mapping[str, str | None]

@@ -76,9 +76,10 @@ AT_HOME = Network(HERE, (), ("lo",))
 
 
 def test_a_head_is_where_its_address_is(docker):
-    """If HEAD_NODE_IP is no address of this host, the message names the other node and .env."""
-    said = _refused(guards.before_head, AT_HOME, model="nemotron", HEAD_NODE_IP=ELSEWHERE)
-    assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and "inv worker --model nemotron" in said
+    """If HEAD_NODE_IP is no address of this host, this node is a worker: the message has its line."""
+    said = _refused(guards.before_head, AT_HOME, model="nemotron", HEAD_NODE_IP=ELSEWHERE, RDMA_HCAS="")
+    assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and f"({HERE}), so this node is a worker." in said
+    assert f"Type here: HEAD_NODE_IP={ELSEWHERE} RDMA_HCAS= inv worker --model nemotron; or" in said
 
 
 def test_a_head_uses_the_address_that_workers_dial(docker):
@@ -187,7 +188,10 @@ EARLIER.attrs["Config"]["Env"].remove("NODE_RAY_REPOSITORY=0a")
 @pytest.mark.parametrize(
     ("container", "said"),
     [
-        (None, "No node-ray runs on this node. Type: inv head --model nemotron"),
+        (
+            None,
+            f"No node-ray runs on this node. Type: HEAD_NODE_IP={HERE} HOST={HERE} PORT=1 inv head --model nemotron",
+        ),
         (Container(status="exited"), "node-ray is here but exited. Type: inv cleanup"),
         (
             Container(VLLM_HOST_IP="10.0.0.2"),

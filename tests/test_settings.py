@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from contextlib import suppress
 
 import pytest
 from invoke import Exit
@@ -204,6 +206,48 @@ def test_limits_of_memory_in_the_wrong_order_are_refused(abort, floor, warn, set
     with pytest.raises(Exit, match=rf"^MEM_ABORT_GIB is {abort} \(shell\), .* below the second or 0"):
         settle(MEM_ABORT_GIB=abort, MEM_FLOOR_GIB=floor, MEM_WARN_GIB=warn)
     assert settle(MEM_ABORT_GIB="0", MEM_FLOOR_GIB="0", MEM_WARN_GIB="0")["MEM_FLOOR_GIB"] == "0"
+
+
+# --- The typed line ---
+
+
+@pytest.fixture
+def typed(inv, operator):
+    """Types `inv launch …` or `inv up …` and returns the settings with which the task goes to work."""
+
+    def type_it(line: str, **shell: str) -> Settings:
+        got = []
+        operator.setattr("cluster.up.bring_up", lambda settings, *_: got.append(settings))
+        operator.setattr("cluster.guards.before_launch", got.append)
+        operator.setattr("cluster.check.inspect", lambda *_: sys.exit())
+        with suppress(SystemExit):
+            inv(line, SYSFS="/sys", RDMA_HCAS="", VLLM_HOST_IP="10.0.0.1", **shell)
+        return got[0]
+
+    return type_it
+
+
+BEFORE = "RDMA_HCAS= SYSFS=/sys VLLM_HOST_IP=10.0.0.1"
+KEYS = {"HF_TOKEN": "hf_marker", "VLLM_API_KEY": "sk_marker", "WATCH_HOOK": "/hook marker"}
+
+
+@pytest.mark.parametrize("task", ["launch --detach", "up --keep"])
+def test_a_remedy_repeats_what_was_typed(task, typed, env_file):
+    """Flags and the shell's settings stay, changed where the remedy changes them. A secret and `.env` stay out."""
+    env_file.write_text("PORT=8001\n")
+    task, own = task.split()
+    line = f"{task} --model nemotron --max-len 256K --allow memory-low {own}"
+    found = typed(line, SERVED_NAME="a b", GPU_MEM_UTIL="0.8", **KEYS)
+    before = "GPU_MEM_UTIL={} " + BEFORE.replace(" SYSFS", " SERVED_NAME='a b' SYSFS")
+    assert found.line() == f"{before} inv {line}".format("0.8")
+    assert found.line(GPU_MEM_UTIL="0.7") == f"{before} inv {line}".format("0.7")
+    assert found.line(MAX_MODEL_LEN="1") == f"{before} inv {line.replace('256K', '1')}".format("0.8")
+
+
+def test_a_remedy_for_another_task_keeps_its_model(typed):
+    """`head` and `worker` get the model and the shell's settings. After an `up` it is `up`, which starts all nodes."""
+    assert typed("launch --model nemotron --max-len 1M").line("head") == f"{BEFORE} inv head --model nemotron"
+    assert typed("up --model nemotron --max-len 1M").line("head") == f"{BEFORE} inv up --model nemotron --max-len 1M"
 
 
 # --- .env ---
