@@ -8,7 +8,6 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 from invoke import Collection, Context, Exit, Task, task
 
@@ -18,7 +17,7 @@ from cluster import plan as planned
 from cluster import token as tokens
 from cluster.command import Command, become, run, say, show, tell
 from cluster.models import Model, find_model, known_models
-from cluster.notes import operator_notes
+from cluster.notes import operator_notes, overridden
 from cluster.repository import check_repository
 from cluster.settings import ModelSettings, Settings, load_settings
 
@@ -261,8 +260,8 @@ def suite(c: Context, fast: bool = False, install: bool = False) -> None:
 
 def _dry(c: Context, *commands: Command) -> bool:
     """In a dry run, print the commands that the task would run. Return whether this is a dry run."""
-    if c.config.run.dry and commands:
-        show(*commands)
+    if c.config.run.dry:
+        show(*commands) if commands else say("This task runs no command line: a dry run has nothing to show.")
     return bool(c.config.run.dry)
 
 
@@ -284,7 +283,7 @@ def _bring_up(c: Context, commands: Sequence[Command], guard: Callable[[], None]
 
 def _settings(name: Value = None, **flags: Value) -> Settings:
     settings = load_settings(find_model(name) if name is not None else None, flags)
-    say(*operator_notes(settings), *settings.notes, *settings.overridden())
+    say(*operator_notes(settings), *settings.notes, *overridden(settings))
     return settings
 
 
@@ -293,8 +292,8 @@ def _model_settings(name: Value, max_len: Value, task: str = "launch", **own: Va
         raise Exit(f"--model is missing; it takes one of {', '.join(known_models())}.")
     settings = _settings(name, MAX_MODEL_LEN=max_len)
     assert isinstance(settings, ModelSettings)
-    flags = [[f"--{flag}", *([value] if isinstance(value, str) else [])] for flag, value in own.items() if value]
-    return replace(settings, typed=(task, *chain(*flags)))
+    words = [word for flag, value in own.items() if value for word in (f"--{flag}", value) if isinstance(word, str)]
+    return replace(settings, typed=(task, *words))
 
 
 def _launcher(model: Model) -> Task:

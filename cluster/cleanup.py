@@ -7,7 +7,7 @@ from invoke import Exit
 from cluster import engine
 from cluster.command import run, say
 from cluster.node import RAY_PORT, removal_command
-from cluster.ports import port_obstacle
+from cluster.ports import freeing, port_obstacle
 from cluster.settings import Settings
 
 
@@ -18,7 +18,8 @@ def clean_up(settings: Settings, yes: bool) -> None:
         age, image = engine.container_age(container), engine.container_image(container)
         say(f"{container.name}: {container.status}, {age} old, image {image}")
     for program, port in (("Ray", RAY_PORT), ("API", int(settings["PORT"]))):
-        say(f"{program}: {port_obstacle('0.0.0.0', port) or f'port {port} is free'}")
+        obstacle = port_obstacle("0.0.0.0", port)
+        say(f"{program}: {obstacle or f'port {port} is free'}", *([] if found else freeing(obstacle)))
     if not found:
         return say("Nothing to remove.")
     names = [container.name for container in found]

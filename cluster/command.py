@@ -144,6 +144,8 @@ def say(*lines: str) -> None:
 
 
 def show(*commands: Command) -> None:
+    if absent := dict.fromkeys(name for one in commands for name in one.secrets if not os.environ.get(name)):
+        say(f"To paste these lines, first export {' and '.join(absent)}: they are set in a file, not in this shell.")
     tell("\n\n".join(command.text for command in commands))
 
 

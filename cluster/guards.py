@@ -59,18 +59,17 @@ def before_worker(settings: Settings, net: Network) -> None:
 
 
 def _check_docker(settings: Settings) -> None:
-    name = settings["VLLM_IMAGE"]
+    name, origin = settings["VLLM_IMAGE"], settings.origin("VLLM_IMAGE")
     for left in engine.our_containers():
         raise Exit(
             f"A {left.name} is here already ({left.status}, {engine.container_age(left)} old). Type: inv cleanup"
         )
     labels = engine.image_labels(name)
     if labels is None:
-        missing = f"Docker has no image {name} ({settings.origin('VLLM_IMAGE')})"
-        raise Exit(f"{missing}. Type: {image.image_line(settings, has=False)}")
+        raise Exit(f"Docker has no image {name} ({origin}). Type: {image.image_line(settings, has=False)}")
     ray_version = labels.get("ray.version") or image.ask_ray_version(name)
     if not ray_version:
-        raise Exit(f"{name} ({settings.origin('VLLM_IMAGE')}) has no Ray. Type: {image.image_line(settings, has=True)}")
+        raise Exit(f"{name} ({origin}) has no Ray. Type: {image.image_line(settings, has=True)}")
     token = token_file(settings)
     if token is None:
         say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")

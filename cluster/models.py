@@ -47,20 +47,13 @@ class Model:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The names that this model's files set. The files are not parsed, because every start asks every model.
-
-        A file that cannot be read sets nothing here, so only a run with this model stops at it.
-        """
-        try:
-            text = "\n".join(file.read_text(errors="replace") for file in self.profiles)
-        except OSError:
-            return frozenset()
-        return frozenset(re.findall(r"^([A-Z][A-Z0-9_]*)=", text, re.MULTILINE))
+        """The names that this model's files set."""
+        return frozenset(_assigned(self.profiles)) - {"ALIAS"}
 
 
 @cache
 def known_models() -> dict[str, Model]:
-    """Return every model by its name. A model that is alone in its folder has the folder's name.
+    """Return every model by its name: the profile's ALIAS, or its folder's name if the folder has one model.
 
     Raises Exit if two names are the same, or would become the same task.
     """
@@ -70,12 +63,25 @@ def known_models() -> dict[str, Model]:
         files = sorted(file for file in folder.glob("[!.]*.env") if file.name != "cluster.env" and file.is_file())
         for file in files:
             name = folder.name if len(files) == 1 else f"{folder.name}-{file.stem}"
+            name = _assigned([file]).get("ALIAS", name)
             other = tasks.setdefault(re.sub("[._]", "-", name), file)
             if other != file:
                 both = f"{file_label(file)} and {file_label(other)}"
                 raise Exit(f"{both} are both the model {name}. Rename one of the files.")
             found[name] = Model(folder.name, file.stem, name)
     return found
+
+
+def _assigned(files: Iterable[Path]) -> dict[str, str]:
+    """Return the plain values in these files. They are not parsed, because every start asks every model.
+
+    A file that cannot be read sets nothing here, so only a run with its model stops at it.
+    """
+    try:
+        text = "\n".join(file.read_text(errors="replace") for file in files)
+    except OSError:
+        return {}
+    return dict(re.findall(r"^([A-Z][A-Z0-9_]*)=([\w.-]*)", text, re.MULTILINE))
 
 
 def find_model(name: str) -> Model:
@@ -87,9 +93,9 @@ def find_model(name: str) -> Model:
     return by_name[name]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], least: float = 0.6) -> str:
     """Return ` (did you mean X?)` if a known name is close to this one, otherwise an empty text."""
-    near = get_close_matches(name, known, 1)
+    near = get_close_matches(name, known, 1, least)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

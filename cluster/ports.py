@@ -41,3 +41,14 @@ def port_holder(port: int) -> str:
     processes = dict.fromkeys(re.findall(r'"([^"]+)",pid=(\d+)', listening))
     named = ", ".join(f"{name} (process {pid})" for name, pid in processes)
     return named or f"a process of another user (sudo ss -ltnp 'sport = :{port}' names it)"
+
+
+def freeing(obstacle: str) -> list[str]:
+    """Return what to do about processes that hold a port and are in none of this project's containers."""
+    pids = " ".join(re.findall(r"process (\d+)", obstacle))
+    if not pids:
+        return []
+    return [
+        f"  No container of this project holds it. To see the process: ps -fp {pids.replace(' ', ',')}; to end it: "
+        f"sudo kill {pids}. A service starts again: systemctl status {pids.split()[0]} names it, for systemctl stop."
+    ]

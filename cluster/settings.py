@@ -212,23 +212,13 @@ class Settings(Mapping[str, str]):
     def origin(self, name: str) -> str:
         return self.found[name].origin
 
-    def overridden(self) -> list[str]:
-        """Return one line for each setting of the operator's, with its origin and without any secret."""
-        lines = []
-        for name, setting in sorted(self.found.items()):
-            if _of_operator(setting.origin):
-                secret = setting.value and name in HIDDEN
-                shown = "set" if secret else f"= {setting.value or setting.text or '(empty)'}"
-                lines.append(f"{name} {shown} ({setting.origin})")
-        return lines
-
     def handed_on(self) -> dict[str, str]:
         """Return what the shell and the flags set, for another node: no secret, and nothing of this node alone."""
         stays = (*SECRETS, *OF_ONE_NODE, "HEAD_NODE_IP")
         return {
             name: setting.text
             for name, setting in sorted(self.found.items())
-            if _of_operator(setting.origin) and not setting.origin.endswith(".env") and name not in stays
+            if is_operators(setting.origin) and not setting.origin.endswith(".env") and name not in stays
         }
 
     def public(self) -> dict[str, str]:
@@ -250,14 +240,15 @@ class Settings(Mapping[str, str]):
         `up` brings up every node, so it stands for `head` and `worker` too.
         """
         same = not task or self.typed[0] == "up"
-        found = {name: one for name, one in sorted(self.found.items()) if name not in HIDDEN}
-        flags = {name: one.text for name, one in found.items() if same and one.origin.startswith("flag ")}
-        shell = {name: one.text for name, one in found.items() if one.origin == "shell"}
+        shell = {name: self.found[name].text for name in sorted(self) if self.origin(name) == "shell"}
+        flags = {name: one.text for name, one in self.found.items() if same and one.origin.startswith("flag ")}
         for name, value in changed.items():
             (flags if name in FLAGS else shell)[name] = value
         words = ["--model", self.model.name] if self.model else []
         words += [word for name, value in flags.items() for word in (FLAGS[name], value)]
-        before = [f"{name}={value and shlex.quote(value)} " for name, value in shell.items() if name not in flags]
+        before = [
+            f"{name}={value and shlex.quote(value)} " for name, value in shell.items() if name not in {*flags, *HIDDEN}
+        ]
         first, *own = self.typed if same else (task,)
         return "".join(before) + shlex.join(["inv", *first.split(), *words, *own])
 
@@ -313,7 +304,7 @@ def load_settings(
     return _with_model(settings, model) if model else settings
 
 
-def _of_operator(origin: str) -> bool:
+def is_operators(origin: str) -> bool:
     return origin in ("shell", ".env") or origin.startswith("flag ") or origin.endswith("/.env")
 
 
@@ -337,7 +328,7 @@ def _profiles(model: Model) -> Sources:
     sources = {}
     for file in model.profiles:
         values = read_values(file)
-        known = CORE.keys() | model.knobs | set(values.get("VLLM_FORWARD_VARS", "").split())
+        known = CORE.keys() | model.knobs | {"ALIAS"} | set(values.get("VLLM_FORWARD_VARS", "").split())
         for name in sorted(values.keys() - known):
             raise Exit(f"{file_label(file)} sets {name}, which {model.serve} does not use{nearest(name, known)}.")
         sources[file_label(file)] = values
@@ -408,8 +399,8 @@ SET_ELSEWHERE = (
 def _forward_list(sources: Sources) -> list[str]:
     """Return the names to forward: the profile's list, and behind it the operator's."""
     lists = {origin: values["VLLM_FORWARD_VARS"] for origin, values in sources.items() if "VLLM_FORWARD_VARS" in values}
-    of_operator = [text for origin, text in lists.items() if _of_operator(origin)][:1]
-    of_profile = [text for origin, text in lists.items() if not _of_operator(origin)]
+    of_operator = [text for origin, text in lists.items() if is_operators(origin)][:1]
+    of_profile = [text for origin, text in lists.items() if not is_operators(origin)]
     names = list(dict.fromkeys(" ".join([*reversed(of_profile), *of_operator]).split()))
     for name in names:
         if why := _unfit(name):

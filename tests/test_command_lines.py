@@ -130,6 +130,25 @@ def test_another_base_does_not_take_the_usual_name(inv):
     assert said.code and said.out == "" and "would replace nvcr.io/nvidia/vllm:25.11-py3" in said.err
 
 
+@pytest.mark.parametrize("line", ["status", "check --model nemotron", "token", "watch --url http://head"])
+def test_a_task_without_a_command_says_so(line, inv):
+    """A dry run that shows nothing would look like a failure."""
+    said = inv(f"--dry {line}")
+    assert (said.out, said.code) == ("", 0) and "This task runs no command line" in said.err
+
+
+def test_lines_whose_secrets_are_in_a_file_say_what_to_export(inv, env_file):
+    """Pasted lines take secrets from the shell. `plan` says too which of its values are this machine's."""
+    env_file.write_text("HF_TOKEN=hf_marker\nVLLM_API_KEY=sk_marker\n")
+    hint = "To paste these lines, first export {}: they are set in a file, not in this shell."
+    for line in ("--dry launch --model nemotron", "plan --model nemotron"):
+        assert hint.format("HF_TOKEN and VLLM_API_KEY") in inv(line).err
+        assert hint.format("HF_TOKEN") in inv(line, VLLM_API_KEY="sk_marker").err
+        assert "To paste" not in inv(line, VLLM_API_KEY="sk", HF_TOKEN="hf").err
+    said = inv("plan --model nemotron").err
+    assert "the caches in /home/operator/.cache, the token: none (/home/operator/.ray/auth_token is not here)." in said
+
+
 def test_every_cache_has_a_mount(inv):
     """Five folders survive the container, even if HF_CACHE is the folder of another cache; scripts are read-only."""
     for folder in ("/big/huggingface", "/big/vllm"):

@@ -269,6 +269,19 @@ def test_cleanup_without_a_terminal_removes_nothing(docker, capfd, operator):
     assert "node-17: exited" in capfd.readouterr().err
 
 
+def test_cleanup_says_what_to_do_about_another_process(docker, ray_port, capfd, operator):
+    """A port may be held by a process that is in no container of ours. Removing containers would not free it."""
+    operator.setattr(cleanup, "RAY_PORT", ray_port)
+    cleanup.clean_up(load_settings(None, {}, {"ENV_FILE": "", "PORT": "1"}), False)
+    said = capfd.readouterr().err
+    assert f"Ray: port {ray_port} is held by " in said and "Nothing to remove." in said
+    assert f"No container of this project holds it. To see the process: ps -fp {os.getpid()}; to end it: " in said
+    docker.containers = [Container()]
+    operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "n"))
+    _refused(cleanup.clean_up, False)
+    assert "No container of this project" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("typed", "removed"), [("y\n", True), ("Yes\n", True), ("n\n", False), ("", False)])
 def test_cleanup_asks(typed, removed, docker, capfd, operator):
     """Cleanup removes containers only after y or yes."""

@@ -84,6 +84,21 @@ def test_two_profiles_of_one_name_are_refused(one, other, name, root):
     assert one in refusal.value.message and other in refusal.value.message
 
 
+def test_an_alias_outlives_a_second_profile(root):
+    """A model with an ALIAS keeps that name when its folder gets another model. The full name works as well."""
+    write_profiles(root, "nemotron/120b.env")
+    (root / "nemotron/120b.env").write_text("ALIAS=nemotron\n")
+    assert list(known_models()) == ["nemotron"]
+    write_profiles(root, "nemotron/30b.env")
+    known_models.cache_clear()
+    assert list(known_models()) == ["nemotron", "nemotron-30b"]
+    assert find_model("nemotron") == find_model("nemotron-120b") == Model("nemotron", "120b", "nemotron")
+    (root / "nemotron/30b.env").write_text("ALIAS=nemotron\n")
+    known_models.cache_clear()
+    with pytest.raises(Exit, match="are both the model nemotron"):
+        known_models()
+
+
 def test_a_file_that_is_no_profile_is_no_model(root):
     """A hidden file and a folder with the ending of a profile are passed over."""
     write_profiles(root, "a/1.env", "a/.env", "a/.old.env")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 
 import pytest
@@ -10,9 +11,14 @@ from invoke import Exit
 
 from cluster import models, settings
 from cluster.models import Model, find_model
-from cluster.notes import operator_notes
+from cluster.notes import operator_notes, overridden
 from cluster.repository import ROOT
 from cluster.settings import CORE, Settings, load_settings
+
+
+def noted(found: Settings, shell: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the notes about these settings."""
+    return list(operator_notes(found, shell))
 
 
 @pytest.fixture
@@ -59,6 +65,7 @@ def test_a_setting_of_the_operator_is_shown_with_its_origin(inv, env_file):
         "PORT = 8001 (.env)",
         "SERVED_NAME = mine (shell)",
         "SYSFS = /sys (shell)",
+        "To paste these lines, first export HF_TOKEN: they are set in a file, not in this shell.",
     ]
 
 
@@ -295,31 +302,45 @@ def test_an_unknown_name_in_dotenv_is_a_note_with_the_nearest(name, near, settle
     """A name that nothing knows is reported, because a typing error would otherwise go unseen."""
     env_file.write_text(f"{name}=1\n")
     hint = f" (did you mean {near}?)" if near else ""
-    assert operator_notes(settle()) == [f".env sets {name}, which nothing knows{hint}."]
+    assert noted(settle()) == [f".env sets {name}, which nothing knows{hint}."]
 
 
 def test_a_knob_of_another_model_in_dotenv_is_known(settle, env_file):
     """One .env serves all models, so a knob that this model lacks is no mistake."""
     env_file.write_text("ENABLE_PREFIX_CACHING=0\nENABLE_MTP=1\nVLLM_FORWARD_VARS=MINE\nMINE=1\n")
-    assert operator_notes(settle("nemotron")) == operator_notes(settle("qwen-30b")) == []
+    assert noted(settle("nemotron")) == noted(settle("qwen-30b")) == []
 
 
 def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
     """`ENABLE_MTP=1 inv launch --model qwen-30b` changes nothing, and a note says so."""
-    said = operator_notes(settle("qwen-30b"), {"ENABLE_MTP": "1"})
+    said = noted(settle("qwen-30b"), {"ENABLE_MTP": "1"})
     assert said == ["ENABLE_MTP is set in the shell, but this run does not use it."]
 
 
-@pytest.mark.parametrize(("mode", "noted"), [(0o600, False), (0o640, True), (0o604, True)])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ENABLE_MPT", "ENABLE_MPT is set in the shell, and nothing here knows it (did you mean ENABLE_MTP?)."),
+        ("NCCL_IB_HCA", "NCCL_IB_HCA is set in the shell, but every container gets it from RDMA_HCAS: set RDMA_HCAS."),
+        ("GPU_MEM_UTILS", "GPU_MEM_UTILS is set in the shell, and nothing here knows it (did you mean GPU_MEM_UTIL?)."),
+        *((name, None) for name in ("HOSTNAME", "HF_HOME", "NCCL_DEBUG_FILE", "XDG_CACHE_HOME", "LANG", "SSH_TTY")),
+    ],
+)
+def test_a_name_in_the_shell_that_does_nothing_is_a_note(name, said, settle):
+    """A typing error, and a variable that the bring-up sets itself, would otherwise go unseen."""
+    assert noted(settle(), {name: "1"}) == ([said] if said else [])
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, True), (0o604, True)])
 @pytest.mark.parametrize("text", ["HF_TOKEN=hf_marker\n", "VLLM_API_KEY=sk_marker\n"])
-def test_a_dotenv_with_a_secret_is_for_its_owner(mode, noted, text, settle, env_file):
+def test_a_dotenv_with_a_secret_is_for_its_owner(mode, warned, text, settle, env_file):
     """A secret that other users can read brings a note with the chmod to type. A file without a secret brings none."""
     env_file.write_text(text)
     env_file.chmod(mode)
-    said = operator_notes(settle())
-    assert said == ([f"{env_file} holds a secret and others can read it: chmod 600 {env_file}"] if noted else [])
+    said = noted(settle())
+    assert said == ([f"{env_file} holds a secret and others can read it: chmod 600 {env_file}"] if warned else [])
     env_file.write_text("PORT=1\n")
-    assert operator_notes(settle()) == []
+    assert noted(settle()) == []
 
 
 @pytest.fixture
@@ -347,8 +368,8 @@ def test_a_models_dotenv_beats_the_roots(site, tmp_path):
     files = {"": "PORT=1\nHOST=::\nHF_TOKEN=hf_marker", "nemotron": "PORT=2\nMOE_BACKEND=\nVLLM_API_KEY=sk\nCOLOUR=1"}
     found = site(files)
     assert (found["PORT"], found.origin("PORT"), found["HOST"]) == ("2", "nemotron/.env", "::")
-    assert "PORT = 2 (nemotron/.env)" in found.overridden() and "VLLM_API_KEY set (nemotron/.env)" in found.overridden()
-    assert operator_notes(found) == [
+    assert {"PORT = 2 (nemotron/.env)", "VLLM_API_KEY set (nemotron/.env)"} <= {*overridden(found)}
+    assert noted(found) == [
         "nemotron/.env sets COLOUR, which nothing knows.",
         f"nemotron/.env holds a secret and others can read it: chmod 600 {tmp_path}/nemotron/.env",
         f".env holds a secret and others can read it: chmod 600 {tmp_path}/.env",
