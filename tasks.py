@@ -126,8 +126,9 @@ def logs(c: Context, node: bool = False, follow: bool = False) -> None:
 def stop(c: Context) -> None:
     """End the server and leave Ray up."""
     if not _dry(c, server.stop_command()):
-        guards.before_stop()
-        run(server.stop_command())
+        from cluster.recorder import stop_server
+
+        stop_server()
 
 
 @verb(help={"here": "only this node", "head-ip": "only if it belongs to this head"})

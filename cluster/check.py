@@ -17,6 +17,7 @@ from cluster.finding import Finding
 from cluster.memory import SPARK, Budget, NodeMemory, budget_rows, in_gib, memory_budgets
 from cluster.node import HF_CACHE, mounts
 from cluster.options import gated, given_options, known_options
+from cluster.recorder import settle
 from cluster.server import Served, ask_server
 from cluster.settings import ModelSettings
 
@@ -50,10 +51,13 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
     """Ask the image and every node, and compute the memory. Raises Exit if the image or Ray could not be asked."""
     known = known_options(head, settings)
     settings, said, lacking = gated(settings, head, known)
+    server = ask_server(head)
+    if not (server and server.alive):
+        settle()
     nodes = ask_nodes(head, settings.forward)
     found = [*lacking, *find_disagreements(nodes, settings)]
     budgets: Sequence[Budget] = ()
-    if (server := ask_server(head)) and server.alive:
+    if server and server.alive:
         said = [*said, _occupied(server, nodes)]
     else:
         memory = [node_memory(node) for node in nodes]

@@ -117,8 +117,8 @@ def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
     node_gone = seen.nodes is not None and len(seen.nodes) < server.world_size
     have = f"Ray has {len(seen.nodes or ())} of {server.world_size} nodes ({', '.join(seen.nodes or ()) or 'none'})."
     if not server.alive and node_gone:
-        how = seen.ended[0] if seen.ended else "The server has ended:"
-        return Verdict(State.RANK_LOST, f"{how} {have}", BRING_UP_AGAIN)
+        how = f" {seen.ended[0]}" if seen.ended else ""
+        return Verdict(State.RANK_LOST, f"The server has ended: {have}{how}", BRING_UP_AGAIN)
     if seen.ended:  # its last processes may take some seconds to end
         return Verdict(State.NOT_RUNNING, *seen.ended)
     if not server.alive:

@@ -217,7 +217,7 @@ class Load:
                 say(f"{text}; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop")
             if not unguarded and not seen and time.monotonic() - begun > RECORDER_S:
                 unguarded = True
-                say("Warning: the recorder writes nothing, so nothing guards the memory. Look: inv logs")
+                say("Warning: the recorder writes nothing, so nothing watches the nodes. Look: inv logs")
             time.sleep(PAUSE_S)
 
     def warm_up(self) -> None:

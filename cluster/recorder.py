@@ -12,9 +12,11 @@ from typing import Any
 
 from invoke import Exit
 
-from cluster.command import Command, render, say, stream
+from cluster import guards
+from cluster.command import WHOLE_S, Command, render, run, say, stream
 from cluster.engine import CONTAINER
 from cluster.node import IN_SHELL, INSIDE, log_folder
+from cluster.server import fed, stop_command
 from cluster.settings import Settings
 
 # The recorder writes each second. A node that does not answer makes a look three seconds longer.
@@ -71,8 +73,10 @@ def read_ended(settings: Settings) -> tuple[str, str] | None:
     """
     if not (told := kept_json(log_folder(settings) / "ended.json")):
         return None
-    again = "inv up --model NAME" + (", with a lower GPU_MEM_UTIL" if told["by"] == "memory guard" else "")
-    return f"The server was {told['why']}.", f"inv logs, inv memory; then: {again}"
+    then = "sudo dmesg | tail, inv logs; then: inv up --model NAME"
+    if told["by"] == "memory guard":
+        then = "inv logs, inv memory; then: inv up --model NAME, with a lower GPU_MEM_UTIL"
+    return f"The server was {told['why']}.", then
 
 
 def keep_json(file: Path, value: object) -> None:
@@ -88,6 +92,21 @@ def kept_json(file: Path) -> Any:  # noqa: ANN401 - a file may hold any JSON
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
+
+
+# --- After a server ---------------------------------------------------------------------------------------------------
+
+
+def stop_server() -> None:
+    """End the server, and wait for what it leaves. Raises Exit if no server runs."""
+    guards.before_stop()
+    run(stop_command())
+    settle()
+
+
+def settle() -> None:
+    """Wait until the last server's ranks are gone and its memory is back. After a minute, tell what is left where."""
+    run(fed("settle"), heard=CONTAINER, seconds=WHOLE_S)
 
 
 # --- inv memory ------------------------------------------------------------------------------------------------------

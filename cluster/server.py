@@ -83,12 +83,12 @@ def ask_server(head: Container) -> Served | None:
 
 
 def server_runs(head: Container) -> bool:
-    """Whether a process of the server still runs, even while `inv stop` ends the server."""
-    return _state(head)[:1] == ["0"]
+    """Whether a process of the server is left, even while `inv stop` ends the server, or if its API server is gone."""
+    return _state(head)[:1] in (["0"], ["2"])
 
 
 def _state(head: Container) -> list[str]:
-    return run(_fed("state", head.name), capture=True, seconds=20).splitlines()
+    return run(fed("state", head.name), capture=True, seconds=20).splitlines()
 
 
 def is_earlier(head: Container) -> bool:
@@ -135,7 +135,7 @@ def follow_command() -> Command:
 
 def stop_command() -> Command:
     """Ask the server to end, wait up to 30 s, then force it."""
-    return _fed("stop")
+    return fed("stop")
 
 
 def launch_commands(settings: ModelSettings, detached: bool = False) -> list[Command]:
@@ -156,7 +156,7 @@ def _with_secrets(settings: Settings, secrets: Sequence[str], sub_command: str, 
     return Command(_exec(sub_command, secrets=secrets) + lines, "head", needs=needs, secrets=given)
 
 
-def _fed(sub_command: str, container: str | None = CONTAINER) -> Command:
+def fed(sub_command: str, container: str | None = CONTAINER) -> Command:
     """Pass serve.sh through standard input, because a container of an earlier version does not have it."""
     lines = render("server_exec.j2", container=container, script="-s", sub_command=sub_command, words=(), secrets=())
     return Command(lines, "head", feeds=ROOT / "cluster/inside/serve.sh")

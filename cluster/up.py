@@ -254,7 +254,7 @@ def _same_server(settings: ModelSettings, head: Container, running: server.Serve
         )
     say("The server runs already, with this line: it is left alone.")
     if recorder.read_recorded(settings) is None and time.time() - running.since > load.RECORDER_S:
-        say("The recorder beside it has stopped: it is started again.")
+        say("The recorder beside it writes nothing: it is started again.")
         run(server.recorder_command(settings), whole=True)
     return settings
 

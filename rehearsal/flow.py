@@ -47,7 +47,7 @@ class Flow:
             ("the model's ranks are on different hosts", self.ranks),
             ("the API answers a chat completion with the key", lambda: self.chat(self.key, "200")),
             ("the API refuses a chat completion without the key", lambda: self.chat("", "401")),
-            ("stop ends the server and leaves Ray up", self.stop),
+            ("stop ends the server and its ranks, and leaves Ray up", self.stop),
             ("cleanup removes every node's containers", self.cleanup),
         ]
         return steps[:-2] if keep else steps
@@ -82,12 +82,15 @@ class Flow:
             raise RehearsalError(f"inv health ended with status {health.returncode}")
 
     def ranks(self) -> None:
-        """Raise RehearsalError unless each host has one rank of the model. Ray titles a rank with its class."""
-        for host in self.rig.hosts:
+        """Raise RehearsalError unless each host has one rank of the model."""
+        self._has_ranks("1")
+
+    def _has_ranks(self, expected: str) -> None:
+        for host in self.rig.hosts:  # Ray titles a rank with its class
             count = host.run("docker", "exec", "node-ray", "pgrep", "-fc", "^ray::RayWorkerProc").stdout.strip()
             self.say(f"{host.name} | ranks of the model in its container: {count}")
-            if count != "1":
-                raise RehearsalError("expected 1")
+            if count != expected:
+                raise RehearsalError(f"expected {expected}")
 
     def chat(self, key: str, expected: str) -> None:
         """Request a chat completion from the last host. No command line holds the key."""
@@ -102,8 +105,9 @@ class Flow:
             raise RehearsalError(f"expected {expected}")
 
     def stop(self) -> None:
-        """End the server. Raise RehearsalError if Ray then lacks a node."""
+        """End the server. Raise RehearsalError if a rank is left then, or if Ray lacks a node."""
         self._type(self.head, "stop")
+        self._has_ranks("0")
         self._has_every_node()
 
     def cleanup(self) -> None:

@@ -36,7 +36,13 @@ def inspected(operator, settings):
     operator.setattr(check, "ask_nodes", lambda *_: nodes)
     operator.setattr(check, "find_disagreements", lambda *_: [])
 
+    def settled():
+        inspect.settled += 1
+
+    operator.setattr(check, "settle", settled)
+
     def inspect(server):
+        inspect.settled = 0
         operator.setattr(check, "ask_server", lambda _: server)
         return check.inspect(settings, SimpleNamespace())
 
@@ -45,8 +51,9 @@ def inspected(operator, settings):
 
 @pytest.mark.parametrize("server", [None, SimpleNamespace(alive=False)])
 def test_the_memory_of_a_model_that_does_not_fit_is_refused(inspected, server):
-    """Each node is judged, even if a server has ended there."""
+    """Each node is judged, even if a server has ended there. What that server has left is waited for first."""
     found = inspected(server)
+    assert inspected.settled == 1
     assert [one.rule for one in found.findings if one.refuses] == ["memory-floor"] * 2
     head, worker = json.loads(check.as_json(found))["memory"]
     assert (head["node"], worker["node"]) == ("10.0.0.1", "10.0.0.2")
@@ -65,6 +72,7 @@ def test_the_memory_of_the_gpu_decides_vllms_defaults(gpus, device):
 def test_the_memory_beside_a_server_is_not_judged(inspected):
     """The memory of the server would count twice. The report shows the server and the memory beside it."""
     found = inspected(SERVED)
+    assert inspected.settled == 0, "a server that runs is not waited for"
     assert not found.findings and not found.budgets
     (said,) = found.said
     assert "A server runs: nemotron-3, 131,072 tokens, GPU_MEM_UTIL 0.75 on each of 2 nodes" in said

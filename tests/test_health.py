@@ -64,7 +64,7 @@ TABLE = {
     "ended by the guard, a node gone": (
         seen(None, alive=False, nodes=[HEAD], ended=GUARDED),
         State.RANK_LOST,
-        f"{GUARDED[0]} Ray has 1 of 2 nodes (10.0.0.1)",
+        f"Ray has 1 of 2 nodes (10.0.0.1). {GUARDED[0]}",
     ),
     "being ended by the guard": (seen(REFUSED, ended=GUARDED), State.NOT_RUNNING, GUARDED[0]),
     "healthy": (seen(), State.HEALTHY, "One token in 0.21 s."),

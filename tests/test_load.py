@@ -305,7 +305,7 @@ def test_a_load_without_a_recorder_is_said_to_be_unguarded(age, said, loading, f
     monkeypatch.setattr(load, "RECORDER_S", -1)
     if age:
         wrote(folder, 0, age)
-    assert loading().err.count("nothing guards the memory. Look: inv logs") == said
+    assert loading().err.count("so nothing watches the nodes. Look: inv logs") == said
 
 
 @pytest.fixture

@@ -72,7 +72,10 @@ def test_a_file_that_cannot_be_read_is_none(text, vitals):
         ),
         (
             {"at": NOW, "why": "ended by the recorder: no API server", "by": "recorder"},
-            ("The server was ended by the recorder: no API server.", "inv logs, inv memory; then: inv up --model NAME"),
+            (
+                "The server was ended by the recorder: no API server.",
+                "sudo dmesg | tail, inv logs; then: inv up --model NAME",
+            ),
         ),
     ],
     ids=["nothing", "memory guard", "recorder"],

@@ -50,7 +50,7 @@ class Psutil(ModuleType):
 
     def __init__(self):
         super().__init__("psutil")
-        self.processes, self.links = {}, {}
+        self.processes, self.links, self.gone = {}, {}, set()
 
     def add(self, pid, name, spent, parent=1, collected=0):
         """Add a process that took so many seconds, with children that took `collected` and ended."""
@@ -61,6 +61,10 @@ class Psutil(ModuleType):
         """Return the processes, as psutil does; one that ends meanwhile is left out by psutil itself."""
         assert set(attrs) == {"name", "ppid", "cpu_times"}
         return [SimpleNamespace(pid=pid, info=info) for pid, info in self.processes.items()]
+
+    def pid_exists(self, pid):
+        """Return whether the process lives, which every process does that is not in `gone`."""
+        return pid not in self.gone
 
     def virtual_memory(self):
         """Return what is available."""
@@ -525,10 +529,14 @@ def recorded(recorder, monkeypatch, tmp_path, capsys):
     (tmp_path / "pid").write_text(f"{SERVER}\n")
     ended = []
 
-    def record(*looks, least=2.0):
+    def record(*looks, least=2.0, after=(), before=None):
+        """`after`: looks after the server's end. `before`: what each node had before the launch."""
         left, told = list(looks), []
         monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
-        monkeypatch.setattr(recorder, "ask", lambda _, method: left.pop(0) if method == "look" else {})
+        gone = list(after)
+        monkeypatch.setattr(
+            recorder, "ask", lambda _, method: (left or gone).pop(0) if method == "look" else before or {}
+        )
         counters = SimpleNamespace(seconds=lambda: {"counters": 45, "waiting": 30})
         monkeypatch.setattr(recorder, "Counters", lambda _: counters)
         monkeypatch.setattr(recorder, "runs", lambda group: group == SERVER and bool(left) and not ended)
@@ -536,7 +544,9 @@ def recorded(recorder, monkeypatch, tmp_path, capsys):
         recorder.record(str(tmp_path / "pid"), str(tmp_path), "http://head", least)
         kept = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         said = capsys.readouterr().out
-        return SimpleNamespace(ended=ended, told=told, said=said, looks=len(looks) - len(left), **kept)
+        return SimpleNamespace(
+            ended=ended, told=told, said=said, looks=len(looks) - len(left), more=len(after) - len(gone), **kept
+        )
 
     return record
 
@@ -562,7 +572,7 @@ def test_every_look_is_kept(recorded, clock, tmp_path):
     assert found.vitals["at"] == clock.time() - 1 and found.vitals["nodes"] == two(available=8 * GIB, gpu=None)
     assert found.vitals["quiet"].items() >= {"log": 2, "counters": 45, "waiting": 30}.items()
     assert {name.partition(" ")[0] for name in found.vitals["quiet"]} == {*WORK, *LOAD, "waiting"}
-    assert set(found.vitals) == {"at", "nodes", "quiet", "silent"}
+    assert set(found.vitals) == {"at", "nodes", "quiet", "silent", "before"}
     assert not list(tmp_path.glob("*.new"))
 
 
@@ -612,6 +622,61 @@ def test_memory_is_looked_at_before_anything_is_written(recorded, recorder, monk
     monkeypatch.setattr(recorder, "guard_memory", lambda *_: order.append("memory"))
     recorded(two(), two())
     assert order == ["memory", "memory-low", "vitals"] * 2
+
+
+def test_a_server_without_its_api_server_is_ended(recorded, recorder):
+    """An OOM killer ends the first process alone. The others hold the memory of every node, and answer nobody."""
+    recorder.psutil.gone = {SERVER}
+    found = recorded(*[two()] * 9)
+    assert (found.ended, found.looks, found.told[1]) == ([SERVER], 3, "recorder")
+    assert found.told[2].startswith("ended by the recorder: its API server (process 77) was gone, and other")
+
+
+def test_a_server_that_ends_in_order_is_left_alone(recorded, recorder, monkeypatch):
+    """For a moment other processes may outlive the first one. Nobody ends them, and nobody is blamed."""
+    seen = iter([True, True, True, True, False])
+    monkeypatch.setattr(recorder.psutil, "pid_exists", lambda _: next(seen))
+    found = recorded(*[two()] * 5)
+    assert (found.ended, found.looks) == ([], 5)
+
+
+RANK, FREE = {"available": 2 * GIB}, {"ranks": 0}
+BEFORE = dict.fromkeys(BOTH, 20 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("after", "left"),
+    [
+        ([two(**FREE)], ""),
+        ([two(**FREE | {"available": 18 * GIB})], ""),
+        ([two(), two(), two(**FREE)], ""),
+        ([two()] * 70, "10.0.0.2 still has ranks: 1"),
+        ([two(**FREE | {"available": 17.9 * GIB})] * 70, "10.0.0.2 has 2.1 GiB less than before the launch"),
+        ([two() | {BOTH[1]: None}] * 70, "10.0.0.2 does not answer"),
+    ],
+    ids=["all gone", "nearly all", "later", "a rank", "memory", "no answer"],
+)
+def test_the_recorder_outlives_the_server_until_all_is_free(after, left, recorded, recorder, tmp_path):
+    """It looks until no rank is left and the memory is back. After 60 s it writes which node has what, and ends."""
+    after = [look | {BOTH[0]: node(ranks=0)} for look in after]
+    found = recorded(two(**RANK), after=after, before=BEFORE)
+    assert found.ended == [] and found.more == (60 if left else len(after))
+    said = (tmp_path / "left.txt").read_text() if left else ""
+    assert said == (f"60 s after the server's end {left}. To free every node: inv down\n" if left else "")
+
+
+def test_memory_is_not_guarded_after_the_end(recorded):
+    """The ranks that end may leave a node short for a moment. The server is not ended twice, for another reason."""
+    assert recorded(two(), after=[two(available=GIB), two(**FREE)], before={BOTH[1]: 20 * GIB}).ended == []
+
+
+def test_the_memory_before_the_launch_outlives_a_recorder(recorded, tmp_path):
+    """A recorder that is started again finds the model loaded, so it takes over what the one before has noted."""
+    assert recorded(
+        two(), after=[two(ranks=0) | {BOTH[0]: node(ranks=0)}], before={BOTH[0]: 19 * GIB, BOTH[1]: None}
+    ).vitals["before"] == {BOTH[0]: 19 * GIB}
+    (tmp_path / "vitals.json").write_text(json.dumps({"before": BEFORE}))
+    assert recorded(two(), before=dict.fromkeys(BOTH, 3 * GIB), after=[two(ranks=0)] * 70).vitals["before"] == BEFORE
 
 
 def test_each_line_of_memory_is_json(recorder, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_a_second_server_is_refused(serve, tmp_path):
 
 def test_a_new_server_begins_anew(serve, tmp_path):
     """The recorder's files of the last server are removed, and its log is kept as serve.log.1."""
-    for name in ("vitals.json", "memory-low.json", "ended.json", "serve.log"):
+    for name in ("vitals.json", "memory-low.json", "ended.json", "left.txt", "serve.log"):
         (tmp_path / name).write_text("of the server before")
     serve("start", "sleep", "60")
     assert (tmp_path / "serve.log.1").read_text() == "of the server before"
@@ -186,7 +186,7 @@ def test_a_server_whose_first_process_is_gone_is_ended(serve, quick, tmp_path):
     assert until(lambda: not runs(pid))
     left = int((tmp_path / "serve.log").read_text())
     threading.Thread(target=_reap, args=(left,), daemon=True).start()
-    assert serve("state").stdout.startswith("0\n") and runs(left)
+    assert serve("state").stdout.startswith("2\n") and runs(left)
     assert serve("stop", PATH=quick).returncode == 0 and until(lambda: not runs(left))
 
 
@@ -199,28 +199,72 @@ def test_a_stop_of_nothing_does_not_claim_a_kill(recorded, serve, tmp_path):
     assert stopped.returncode and "killed" not in stopped.stderr
 
 
-def test_there_is_one_recorder(serve, tmp_path):
-    """`record` kills an earlier recorder, which may be stuck. `inv memory` runs the same script and goes on."""
-    script = tmp_path / "recorder.py"
-    script.write_text("import sys, time; print(*sys.argv[1:], flush=True); time.sleep(60)")
+@pytest.fixture
+def recording(serve, tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Runs serve.sh beside this recorder, a Python script that has the server's process id in `server`."""
     shutil.copy(SCRIPT, tmp_path / "serve.sh")
-    pid_file = str(tmp_path / "serve.pid")
-    env = {"PATH": os.environ["PATH"], "SERVE_PID": pid_file, "SERVE_LOGS": str(tmp_path)}
-    started = [
-        subprocess.Popen(["python3", script, *words], stdout=subprocess.PIPE)
-        for words in ([pid_file, "stuck"], ["--print", "2"])
-    ]
-    assert all(child.stdout.readline() for child in started)
-    subprocess.run(["bash", str(tmp_path / "serve.sh"), "record", "http://head", "2"], env=env, check=True)
-    stuck, printing = started
-    assert stuck.wait(10) == -signal.SIGKILL
-    log = tmp_path / "serve.log"
-    assert until(lambda: log.exists() and log.read_text() == f"{pid_file} {tmp_path} http://head 2\n")
+    pid_file, env = str(tmp_path / "serve.pid"), {"PATH": os.environ["PATH"], "SERVE_LOGS": str(tmp_path)}
+
+    def run(*words: str, script: str = "") -> subprocess.CompletedProcess:
+        if script:
+            (tmp_path / "recorder.py").write_text(f"import sys, time; print(*sys.argv[1:], flush=True); {script}")
+        serve_sh = ["bash", str(tmp_path / "serve.sh"), *words]
+        return subprocess.run(serve_sh, env=env | {"SERVE_PID": pid_file}, capture_output=True, text=True, check=True)
+
+    yield run
+    for name in ("serve.sh keep_recording", "recorder.py"):
+        subprocess.run(["pkill", "-KILL", "-f", f"{tmp_path}/{name} "], check=False)
+
+
+def recorders(folder: Path) -> list[int]:
+    """The process ids of the recorders that run beside the server."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"^[^ ]*python[^ ]* {folder}/recorder.py {folder}"], stdout=subprocess.PIPE, check=False
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_there_is_one_recorder(recording, tmp_path):
+    """`record` kills an earlier recorder, which may be stuck. `inv memory` runs the same script and goes on."""
+    (tmp_path / "serve.pid").write_text(f"{os.getpgid(0)}\n")
+    recording("record", "http://before", "2", script="time.sleep(60)")
+    assert until(lambda: recorders(tmp_path))
+    (stuck,) = recorders(tmp_path)
+    printing = subprocess.Popen(["python3", tmp_path / "recorder.py", "--print", "2"], stdout=subprocess.PIPE)
+    assert printing.stdout.readline()
+    recording("record", "http://head", "2")
+    assert until(lambda: (tmp_path / "serve.log").read_text().endswith(f"{tmp_path} http://head 2\n"))
+    assert stuck not in recorders(tmp_path) and len(recorders(tmp_path)) == 1
     assert printing.poll() is None
     printing.kill()
-    subprocess.run(["pkill", "-KILL", "-f", f"{script} {pid_file} "], check=True)
-    for child in started:
-        child.communicate()
+    printing.communicate()
+
+
+def test_a_recorder_that_dies_is_started_again(serve, recording, tmp_path):
+    """It is back within 5 s while the server runs. Once the server has ended, nothing starts it again."""
+    serve("start", "sleep", "60")
+    recording("record", "http://head", "2", script="time.sleep(60)")
+    assert until(lambda: recorders(tmp_path))
+    (dead,), begun = recorders(tmp_path), time.monotonic()
+    os.kill(dead, signal.SIGKILL)
+    assert until(lambda: (now := recorders(tmp_path)) and now != [dead]) and time.monotonic() - begun < 5
+    os.kill(server(tmp_path), signal.SIGKILL)
+    os.kill(*recorders(tmp_path), signal.SIGKILL)
+    assert until(lambda: subprocess.run(["pgrep", "-f", f"{tmp_path}/serve.sh keep_recording"], check=False).returncode)
+    assert recorders(tmp_path) == [] and recording("settle").stderr == ""
+
+
+def test_the_wait_ends_with_the_recorder(serve, recording, tmp_path):
+    """The recorder outlives the server until its ranks are gone. `settle` waits for it, and prints what is left."""
+    assert recording("settle").stderr == ""
+    serve("start", "sleep", "60")
+    script = f"time.sleep(1); open('{tmp_path}/left.txt', 'w').write('10.0.0.2 still has ranks')"
+    recording("record", "http://head", "2", script=script)
+    assert until(lambda: recorders(tmp_path))
+    os.kill(server(tmp_path), signal.SIGKILL)
+    waiting, left = recording("settle").stderr.splitlines()
+    assert waiting.startswith("waiting until no rank is left") and left == "10.0.0.2 still has ranks"
+    assert recorders(tmp_path) == [] and recording("settle").stderr == ""
 
 
 def test_a_fetch_happens_once_and_prints_the_commit(serve, tmp_path):

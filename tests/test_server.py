@@ -50,10 +50,11 @@ def head(operator, tmp_path):
         ("", False, None),
         ("0\n1700000000\nvllm\nserve\nm\n", True, Served(True, 1700000000, ("vllm", "serve", "m"))),
         ("1\n1700000000\nvllm\nserve\nm\n", False, Served(False, 1700000000, ("vllm", "serve", "m"))),
+        ("2\n1700000000\nvllm\nserve\nm\n", True, Served(False, 1700000000, ("vllm", "serve", "m"))),
         ("0\n1700000000\n", True, None),
         ("1\n1700000000\n", False, None),
     ],
-    ids=["never launched", "runs", "crashed", "is being stopped", "was stopped"],
+    ids=["never launched", "runs", "crashed", "API server gone", "is being stopped", "was stopped"],
 )
 def test_the_state_of_the_server(says, runs, server, head):
     """After `inv stop` there is no server to judge, even if its processes still hold the GPUs."""

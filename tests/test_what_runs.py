@@ -199,9 +199,13 @@ def test_nothing_in_invokes_own_environment_changes_the_text(inv, real_run):
 
 
 def test_stop_gives_the_container_the_script(stubs, pasted, inv, operator, tmp_path):
-    """A container of an earlier version lacks serve.sh, so bash there reads the script from standard input."""
-    (stubs / "docker").write_text(f"#!/bin/sh\ncat >>{tmp_path}/given\n")
+    """A container of an earlier version lacks serve.sh, so bash there reads the script from standard input.
+
+    After the stop the task also waits, by the same script, for what the server has left.
+    """
+    (stubs / "docker").write_text(f"#!/bin/sh\ncat >>{tmp_path}/given\necho $6 >>{tmp_path}/asked\n")
     operator.setattr("cluster.guards.before_stop", lambda: None)
     pasted(inv("--dry stop").out)
     assert inv("stop").code == 0
-    assert (tmp_path / "given").read_text() == 2 * (ROOT / "cluster/inside/serve.sh").read_text()
+    assert (tmp_path / "given").read_text() == 3 * (ROOT / "cluster/inside/serve.sh").read_text()
+    assert (tmp_path / "asked").read_text().split() == ["stop", "stop", "settle"]

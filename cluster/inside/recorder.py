@@ -1,9 +1,9 @@
-"""Watch every node from the head's container, until the server ends: recorder.py PID_FILE FOLDER URL GIB.
+"""Watch every node from the head's container: recorder.py PID_FILE FOLDER URL GIB.
 
-The recorder looks each second. If a node has less than GIB available (0: never) the recorder ends the server, because
-unified memory that runs out hangs the whole machine. FOLDER gets three files: vitals.json has the last look, and for
-how long each thing has not moved; memory-low.json has each node's lowest memory; ended.json has why the recorder has
-ended the server.
+The recorder looks each second, until the server and its ranks have ended. If a node has less than GIB available (0:
+never) the recorder ends the server, because unified memory that runs out hangs the whole machine. FOLDER gets these
+files: vitals.json has the last look, and for how long each thing has not moved; memory-low.json has each node's lowest
+memory; ended.json has why the recorder has ended the server; left.txt has what a server has left on the nodes.
 
 `recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
 """
@@ -30,6 +30,10 @@ GIB = 2**30
 BUSY_CPU, BUSY_GPU, MOVED_BYTES = 0.1, 5, 64 * 2**20
 CPU_S, GPU_S, METRICS_S = 4, 5, 15
 MOVING = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:kv_cache_usage", "vllm:gpu_cache_usage")
+# A server that ends in order has no process left after its first one. An OOM killer ends the first one alone.
+GONE_S = 2
+# After the server's end the recorder waits so long for the ranks to be gone and for the memory, but for SPARE_BYTES.
+SETTLE_S, SPARE_BYTES = 60, 2 * GIB
 REQUESTS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
@@ -219,6 +223,35 @@ def guard_memory(nodes, least, server, folder):
             return end(server, folder, "memory guard", why)
 
 
+class Ending:
+    """The time after the server's end, until its ranks are gone and the memory is back, or SETTLE_S have passed."""
+
+    def __init__(self, before, folder):
+        self.before, self.file, self.until = before, f"{folder}/left.txt", None
+
+    def lasts(self, nodes):
+        """Return whether to look again. If SETTLE_S have passed, write what is left to left.txt, for `inv stop`."""
+        now = time.monotonic()
+        self.until = self.until or now + SETTLE_S
+        left = [said for address, had in self.before.items() if (said := left_on(nodes.get(address), had, address))]
+        if left and now >= self.until:
+            text = f"{SETTLE_S} s after the server's end {'; '.join(left)}. To free every node: inv down"
+            with contextlib.suppress(OSError), open(self.file, "w") as opened:
+                print(text, file=opened)
+        return bool(left) and now < self.until
+
+
+def left_on(node, had, address):
+    """Return what a server has left on a node that had so many bytes available before the launch; else nothing."""
+    if not node:
+        return f"{address} does not answer"
+    if node["ranks"]:
+        return f"{address} still has ranks: {node['ranks']}"
+    if (lacks := had - node["available"]) > SPARE_BYTES:
+        return f"{address} has {lacks / GIB:.1f} GiB less than before the launch"
+    return None
+
+
 def record(pid_file, folder, url, least):
     with open(pid_file) as opened:
         server = int(opened.read())  # also the id of its process group
@@ -226,11 +259,21 @@ def record(pid_file, folder, url, least):
     with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory-low.json") as opened:
         lows = json.load(opened)  # by an earlier recorder of the same server
     still, counters, gauges = Stillness(), Counters(url), start_gauges()
+    before = {address: free for address, free in ask(gauges, "available").items() if free}
+    with contextlib.suppress(OSError, ValueError), open(f"{folder}/vitals.json") as opened:
+        before |= json.load(opened)["before"]  # by an earlier recorder, when the ranks had no memory yet
+    ending, nodes, whole = Ending(before, folder), {}, time.monotonic()
     limit = f"the server is ended below {least:g} GiB (MEM_ABORT_GIB)" if least else "MEM_ABORT_GIB is 0: it only looks"
     say(f"watching {', '.join(sorted(gauges))}; {limit}")
-    while runs(server):
+    while (alive := runs(server)) or ending.lasts(nodes):
         nodes, now = ask(gauges, "look"), time.monotonic()
-        guard_memory(nodes, least, server, folder)  # before anything is written: a disk may hang
+        if alive:
+            guard_memory(nodes, least, server, folder)  # before anything is written: a disk may hang
+        if not alive or psutil.pid_exists(server):
+            whole = now
+        elif now - whole >= GONE_S:
+            gone = f"its API server (process {server}) was gone, and other processes were left"
+            end(server, folder, "recorder", f"ended by the recorder: {gone}")
         for address, node in nodes.items():
             if node:
                 silent.pop(address, None)
@@ -242,7 +285,8 @@ def record(pid_file, folder, url, least):
         keep(f"{folder}/memory-low.json", lows)
         quiet = still.seconds() | counters.seconds()
         silence = {address: now - since for address, since in silent.items()}
-        keep(f"{folder}/vitals.json", {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence})
+        vitals = {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence, "before": before}
+        keep(f"{folder}/vitals.json", vitals)
         time.sleep(1)
 
 

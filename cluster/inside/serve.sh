@@ -1,5 +1,5 @@
 #!/bin/bash
-# The model's server in the head's container: serve.sh start|record|follow|state|stop|fetch [ARGUMENT...]
+# The model's server in the head's container: serve.sh start|record|follow|state|stop|settle|fetch [ARGUMENT...]
 #
 # `docker exec` passes no signal on, and its program loses standard output when `docker exec` ends. So the server gets a
 # session, a log and a pid file of its own. Bash runs this file, because NVIDIA's images set library paths in bash's
@@ -17,7 +17,7 @@ log_look_s=${SERVE_LOG_LOOK_S:-60}
 start() { # PROGRAM ARGUMENT...
     exec 9>"$pid.lock" # the server inherits this lock and holds it while it runs, so a second start is refused
     flock -n 9 || { echo "a server runs here already" >&2; exit 1; }
-    rm -f "$logs/vitals.json" "$logs/memory-low.json" "$logs/ended.json" # they describe the last server
+    rm -f "$logs"/{vitals,memory-low,ended}.json "$logs/left.txt" # they describe the last server
     [ ! -e "$log" ] || mv "$log" "$log.1"
     setsid "$@" </dev/null >>"$log" 2>&1 &
     echo $! >"$pid" # setsid makes this also the id of the server's process group
@@ -33,19 +33,28 @@ cut_log() { # until the server ends: when the log reaches log_bytes, move its li
 }
 
 record() { # URL GIB: start the recorder beside the server. Kill an earlier recorder, which may be stuck
-    recorder=${0%/*}/recorder.py
-    pkill -KILL -f "^[^ ]*python[^ ]* $recorder $pid "
-    setsid python3 "$recorder" "$pid" "$logs" "$@" </dev/null >>"$log" 2>&1 &
+    pkill -KILL -f "^bash $0 keep_recording "
+    pkill -KILL -f "^[^ ]*python[^ ]* ${0%/*}/recorder.py $pid "
+    setsid bash "$0" keep_recording "$@" </dev/null >>"$log" 2>&1 &
+}
+
+keep_recording() { # URL GIB: run the recorder. If it dies while the server runs, start it again
+    exec 9>"$pid.recorder" # the recorder inherits this lock, and `settle` waits for it
+    flock 9
+    until python3 "${0%/*}/recorder.py" "$pid" "$logs" "$@" || ! kill -0 -- "-$(cat "$pid")" 2>/dev/null; do
+        sleep 1
+    done
 }
 
 follow() { # show the log from its start until the server ends
     exec tail -n +1 -F --pid="$(cat "$pid")" "$log"
 }
 
-state() { # print 0 if the server runs, else 1; its start in seconds since 1970; its words. Without a server: nothing
+state() { # print 0 if the server runs, 2 if its first process is gone and others are left, 1 if none is left; its start
+    # in seconds since 1970; its words. Without a server: nothing
     [ -e "$pid" ] || exit 0
-    kill -0 -- "-$(cat "$pid")" 2>/dev/null
-    echo $?
+    server=$(cat "$pid")
+    if ! kill -0 -- "-$server" 2>/dev/null; then echo 1; elif [ -e "/proc/$server" ]; then echo 0; else echo 2; fi
     stat -c %Y "$pid"
     [ ! -e "$words" ] || cat "$words"
 }
@@ -60,6 +69,13 @@ stop() { # ask the server to end, wait up to 30 s, then force it
     done
     echo "still there after 30 s, killed" >&2
     kill -KILL -- "-$server"
+}
+
+settle() { # wait until the recorder has ended: it watches the ranks go, and writes what is left after 60 s
+    flock -n "$pid.recorder" true && exit
+    echo "waiting until no rank is left and every node has its memory back, for 60 s at most" >&2
+    flock -w 70 "$pid.recorder" true || echo "the recorder beside the server does not end" >&2
+    [ ! -e "$logs/left.txt" ] || cat "$logs/left.txt" >&2
 }
 
 fetch() { # hf download REPOSITORY FILE ... FOLDER: fetch the file once for a folder, and print the commit it came from
