@@ -239,7 +239,7 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     sides = []
     for node, links, env in _told(nodes, "links", "environment"):
         sockets = {name for name in env.get("NCCL_SOCKET_IFNAME", "").split(",") if name}
-        data = {device["netdev"] for device in _used(node).values() if device} or sockets
+        data = {device["netdev"] for device in used_devices(node).values() if device} or sockets
         names = sorted({*data, *sockets, env.get("TP_SOCKET_IFNAME", "")} - {""})
         used = {name: links.get(name, {"state": "missing"}) for name in names}
         mtus = sorted({link["mtu"] for link in used.values() if "mtu" in link})
@@ -268,7 +268,7 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             yield Finding("link-count", text, refuses=False)
 
 
-def _used(node: Node) -> dict[str, Any]:
+def used_devices(node: Node) -> dict[str, Any]:
     """Return the devices of NCCL_IB_HCA, in this order. None: /sys in the container does not show the device."""
     names, shown = (node.variable("NCCL_IB_HCA") or "").split(","), node["devices"]
     return {name: None if isinstance(shown, Unknown) else shown.get(name) for name in names if name}
@@ -280,27 +280,23 @@ def _subnets(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     It takes the GID of an IPv4 address where there is one (ncclIbGetGidIndex in its net_ib/connect.cc), so both devices
     must be in one IPv4 network, or both in none.
     """
-    unseen = []
+    head = used_devices(nodes[0])
     for node in nodes:
-        for pair in zip(_used(nodes[0]).items(), _used(node).items(), strict=False):
-            networks = [device and device["network"] for _, device in pair]
-            if None not in networks and networks[0] != networks[1]:
-                told = [
-                    f"{at} {name} ({device['netdev']}) in {network if isinstance(network, str) else 'none'}"
-                    for at, (name, device), network in zip(
-                        (nodes[0].address, node.address), pair, networks, strict=True
-                    )
-                ]
+        used = used_devices(node)
+        for (ours, here), (theirs, there) in zip(head.items(), used.items(), strict=False):
+            if here and there and here["network"] != there["network"]:
                 text = (
-                    f"NCCL connects devices of different IPv4 networks, and would stop with ibv_modify_qp, error 110: "
-                    f"{', '.join(told)}. Put the cable into the same port of both nodes, and give both interfaces an "
-                    "address in one network, or none. Type on both: ip -4 address"
+                    f"NCCL connects {ours} ({here['netdev']}, {here['network']}) of {nodes[0].address} with {theirs} "
+                    f"({there['netdev']}, {there['network']}) of {node.address}, and would stop with ibv_modify_qp, "
+                    "error 110. Put the cable into the same port of both nodes, and give both interfaces an address in "
+                    "one network, or none. Type on both: ip -4 address"
                 )
                 yield Finding("subnets", text)
-        unseen += [f"{node.address} {name}" for name, device in _used(node).items() if device is None]
-    if unseen:
-        text = "/sys in the container does not show these, so their networks and GIDs were not judged: "
-        yield Finding("subnets", f"{text}{', '.join(unseen)}. On the node: ls /sys/class/infiniband", refuses=False)
+        if unseen := [name for name, device in used.items() if device is None]:
+            text = (
+                f"{node.address}: /sys in the container does not show {', '.join(unseen)}, so their networks and GIDs "
+            )
+            yield Finding("subnets", f"{text}were not judged. On the node: ls /sys/class/infiniband", refuses=False)
 
 
 def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -309,7 +305,7 @@ def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         f"{node.address} {name} has {{}} at {index}": device["gids"].get(index, ["", "none"])[1]
         for node in nodes
         if (index := node.variable("NCCL_IB_GID_INDEX"))
-        for name, device in _used(node).items()
+        for name, device in used_devices(node).items()
         if device
     }
     if "none" in types.values() or len({*types.values()}) > 1:

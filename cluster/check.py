@@ -12,7 +12,7 @@ from invoke import Exit
 
 from cluster.agreement import Node, ask_nodes, find_disagreements
 from cluster.command import say
-from cluster.fabric import ask_fabric, fabric_findings, fabric_summary
+from cluster.fabric import ask_fabric, fabric_findings, fabric_summary, link_rate
 from cluster.finding import Finding
 from cluster.memory import SPARK, Budget, NodeMemory, budget_rows, in_gib, memory_budgets
 from cluster.node import HF_CACHE, mounts
@@ -74,9 +74,9 @@ def foresee(settings: ModelSettings) -> Inspection:
 
 def proved(found: Inspection, head: Container) -> Inspection:
     """Add the result of an all-reduce between the nodes. Raises Exit if Ray could not be asked."""
-    ranks = ask_fabric(head)
-    findings = [*found.findings, *fabric_findings(ranks)]
-    return replace(found, findings=findings, said=[*found.said, *fabric_summary(ranks)])
+    ranks, links = ask_fabric(head), link_rate(found.nodes)
+    findings = [*found.findings, *fabric_findings(ranks, links)]
+    return replace(found, findings=findings, said=[*found.said, *fabric_summary(ranks, links)])
 
 
 def node_memory(node: Node) -> NodeMemory:

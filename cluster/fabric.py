@@ -1,18 +1,20 @@
-"""A proof of the network between the nodes: one all-reduce, which is timed and logged.
+"""A proof of the network between the nodes, and of their GPUs: all-reduces that are timed and logged.
 
-A list of devices proves nothing, because NCCL falls back to TCP without an error. The all-reduce needs 256 MiB on each
-node's GPU, so the caller makes sure first that no server runs.
+A list of devices proves nothing, because NCCL falls back to TCP without an error. Up to 1 GiB is needed on each node's
+GPU, so the caller makes sure first that no server runs.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster.agreement import Node, used_devices
 from cluster.finding import Finding
+from cluster.links import Link
 from cluster.node import CONTAINER, INSIDE
 from cluster.options import ask_inside
 
@@ -34,6 +36,9 @@ COMBINED = re.compile(r"NET/\S+ : Made virtual device \[(\d+)\] name=(\S+)")
 class Rank:
     """One node's part in the all-reduce, which takes `seconds` and moves `size` bytes. `error`: why it did not end.
 
+    `latency` is the time of an all-reduce of 16 KiB in seconds. The GPU `copied` so many bytes and `computed` so many
+    operations a second, or was not measured (0).
+
     `transports` has NCCL's names for the channels between the nodes (`Socket` is TCP). `devices` are the devices that
     these channels use.
     """
@@ -49,6 +54,9 @@ class Rank:
     environment: dict[str, str] = field(default_factory=dict)
     transports: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    latency: float = 0
+    copied: float = 0
+    computed: float = 0
 
     @property
     def route(self) -> str:
@@ -107,25 +115,49 @@ def read_log(log: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(dict.fromkeys(via for via, _ in channels)), tuple(dict.fromkeys(devices))
 
 
-def fabric_summary(ranks: Sequence[Rank]) -> list[str]:
-    """Return the route of each rank, and the rate if all of them have finished."""
+def link_rate(nodes: Sequence[Node]) -> float:
+    """Return how many bytes a second the node with the slowest links can send by their speeds. 0: unknown.
+
+    A port counts once, though a Spark shows each as two devices.
+    """
+    rates = []
+    for node in nodes:
+        used = [(name, device) for name, device in used_devices(node).items() if device]
+        ports = {Link(name, device["netdev"], True, None).port: device["speed"] for name, device in used}
+        rates.append(sum(ports.values()) * 1e6 / 8)
+    return min(rates, default=0)
+
+
+def wire_rate(ranks: Sequence[Rank]) -> float:
+    """Return how many bytes a second went each way: busbw of nccl-tests (doc/PERFORMANCE.md, "AllReduce")."""
+    return ranks[0].size / max(rank.seconds for rank in ranks) * 2 * (len(ranks) - 1) / len(ranks)
+
+
+def fabric_summary(ranks: Sequence[Rank], links: float = 0) -> list[str]:
+    """Return the route of each rank, and what was measured if all of them have finished. links: as link_rate."""
     said = [f"{rank.address} ({rank.hostname}): {rank.route}" for rank in ranks if not rank.error]
     if len(said) == len(ranks) > 1:
-        # https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "AllReduce": algbw and busbw.
-        rate = ranks[0].size / max(rank.seconds for rank in ranks)
-        bus = rate * 2 * (len(ranks) - 1) / len(ranks)
+        rate, bus = ranks[0].size / max(rank.seconds for rank in ranks), wire_rate(ranks)
         said.append(
             f"All-reduce of {ranks[0].size // 2**20} MiB between {len(ranks)} nodes, {ranks[0].iterations} times: "
             f"{rate / 1e9:.2f} GB/s, on the wire {bus / 1e9:.2f} GB/s or {bus * 8 / 1e9:.1f} Gbit/s each way "
-            "(nccl-tests' algbw and busbw)."
+            f"(nccl-tests' algbw and busbw). One of 16 KiB takes {max(rank.latency for rank in ranks) * 1e6:.0f} µs."
         )
+        for rank in filter(lambda rank: rank.copied, ranks):
+            can = f"copies {rank.copied / 1e9:.0f} GB/s and computes {rank.computed / 1e12:.0f} TFLOP/s"
+            said.append(f"{rank.address}: the GPU {can}.")
         if ranks[0].backend != "nccl":
             said.append("Without CUDA the ranks used gloo, which proves the network only, not RDMA and not NCCL.")
+        elif not links:
+            said.append("The speed of the RoCE devices is unknown, so the rate was not judged.")
     return said
 
 
-def fabric_findings(ranks: Sequence[Rank]) -> list[Finding]:
-    """Return everything that is wrong, under the rule `fabric`. A device that was not used is a warning."""
+def fabric_findings(ranks: Sequence[Rank], links: float = 0) -> list[Finding]:
+    """Return everything that is wrong, under the rule `fabric`. What only makes the model slow is a warning.
+
+    links: as link_rate.
+    """
     if len(ranks) < 2:
         return [Finding("fabric", "Ray has one node, so there is no fabric to prove. On the other node: inv worker")]
     found = []
@@ -154,4 +186,21 @@ def fabric_findings(ranks: Sequence[Rank]) -> list[Finding]:
         else:
             continue
         found.append(Finding("fabric", f"{rank.address}: {text}", refuses))
-    return found
+    return found or [Finding("fabric", text, refuses=False) for text in _slow(ranks, links)]
+
+
+def _slow(ranks: Sequence[Rank], links: float) -> Iterator[str]:
+    """Owners of two Sparks report 160 to 198 Gbit/s, so 40 % of one cable or of two is a broken link or a small MTU."""
+    if links and ranks[0].backend == "nccl" and wire_rate(ranks) < 0.4 * links:
+        yield (
+            f"the all-reduce moved {wire_rate(ranks) * 8e-9:.1f} of the links' {links * 8e-9:.0f} Gbit/s. On every "
+            "node: ip link | grep mtu (9000 is right); then a cold boot (power off, wait, power on)."
+        )
+    for does, name, unit, size in (("copies", "copied", "GB/s", 1e9), ("computes", "computed", "TFLOP/s", 1e12)):
+        slow, fast = (of(ranks, key=lambda rank: getattr(rank, name)) for of in (min, max))
+        if getattr(slow, name) < 0.75 * getattr(fast, name):
+            yield (
+                f"{slow.address}: the GPU {does} {getattr(slow, name) / size:.0f} {unit}, that of {fast.address} "
+                f"{getattr(fast, name) / size:.0f}. A Spark in a low-power state is like this, though nvidia-smi shows "
+                "it busy: shut it down, and pull its power supply from the wall for a minute."
+            )

@@ -8,7 +8,8 @@ import pytest
 from invoke import Exit
 
 from cluster import fabric, options
-from cluster.fabric import Rank, fabric_findings, fabric_summary, read_log, read_rank
+from cluster.agreement import Node
+from cluster.fabric import Rank, fabric_findings, fabric_summary, link_rate, read_log, read_rank
 
 TWO = "rocep1s0f1,roceP2p1s0f1"
 RDMA = {"transports": ("IB",), "devices": ("rocep1s0f1", "roceP2p1s0f1")}
@@ -97,6 +98,59 @@ def test_a_healthy_fabric_has_a_rate_and_no_finding():
     assert said[0] == "10.0.0.1 (spark-1): NET/IB on rocep1s0f1, roceP2p1s0f1"
     assert "256 MiB between 2 nodes, 20 times: 20.97 GB/s, on the wire 20.97 GB/s or 167.8 Gbit/s" in said[2]
     assert "20.97 GB/s, on the wire 31.46 GB/s" in fabric_summary((HEAD, WORKER, WORKER, WORKER))[4]
+
+
+def node(address, **devices):
+    """A node with these RoCE devices, each with its interface and its speed in Mbit/s."""
+    shown = {name: {"netdev": netdev, "speed": speed} for name, (netdev, speed) in devices.items()}
+    facts = {"environment": {"NCCL_IB_HCA": TWO}, "devices": shown or {"unknown": "no such folder"}}
+    return Node(address, "spark", 1, facts)
+
+
+def test_a_port_counts_once_in_the_speed_of_the_links():
+    """A Spark shows a port as two devices, each with the port's whole speed. The slower node decides."""
+    one_port = {"rocep1s0f1": ("enp1s0f1np1", 200000), "roceP2p1s0f1": ("enP2p1s0f1np1", 200000)}
+    two_ports = {"rocep1s0f1": ("enp1s0f1np1", 200000), "roceP2p1s0f1": ("enP2p1s0f0np0", 200000)}
+    assert link_rate([node("a", **one_port), node("b", **one_port)]) == 25e9
+    assert link_rate([node("a", **two_ports), node("b", **two_ports)]) == 50e9
+    assert link_rate([node("a", **two_ports), node("b", **one_port)]) == 25e9
+    assert link_rate([node("a", **two_ports), node("b")]) == 0 == link_rate([])
+
+
+def test_less_than_two_fifths_of_the_links_is_a_warning():
+    """200 Gbit/s that carry 13 are found. Where the speed is unknown, or gloo moved the bytes, nothing is judged."""
+    ranks = (replace(HEAD, seconds=0.165), replace(WORKER, seconds=0.165))
+    (slow,) = fabric_findings(ranks, 25e9)
+    assert slow.rule == "fabric" and not slow.refuses and "moved 13.0 of the links' 200 Gbit/s" in slow.text
+    assert fabric_findings((HEAD, WORKER), 50e9) == [] == fabric_findings(ranks)
+    assert fabric_findings([replace(rank, backend="gloo", **NONE) for rank in ranks], 25e9) == []
+    assert "speed of the RoCE devices is unknown, so the rate was not judged" in fabric_summary(ranks)[-1]
+    assert "unknown" not in fabric_summary(ranks, 25e9)[-1]
+
+
+def test_the_latency_and_each_gpu_are_told():
+    """Decoding waits for small all-reduces. A rank without CUDA has measured no GPU."""
+    said = fabric_summary((replace(HEAD, latency=31e-6, copied=240e9, computed=9.2e13), replace(WORKER, latency=33e-6)))
+    assert (
+        "One of 16 KiB takes 33 µs." in said[2]
+        and said[3] == "10.0.0.1: the GPU copies 240 GB/s and computes 92 TFLOP/s."
+    )
+
+
+@pytest.mark.parametrize(
+    ("copied", "computed", "words"),
+    [
+        (190e9, 80e12, None),
+        (80e9, 90e12, "10.0.0.2: the GPU copies 80 GB/s, that of 10.0.0.1 240."),
+        (240e9, 30e12, "10.0.0.2: the GPU computes 30 TFLOP/s, that of 10.0.0.1 92."),
+    ],
+)
+def test_gpus_that_differ_by_more_than_a_quarter_are_a_warning(copied, computed, words):
+    """A Spark in a low-power state holds the other one up, and nvidia-smi shows nothing."""
+    ranks = (replace(HEAD, copied=240e9, computed=92e12), replace(WORKER, copied=copied, computed=computed))
+    found = fabric_findings(ranks)
+    assert [one.refuses for one in found] == ([False] if words else [])
+    assert all(words in one.text and "low-power state" in one.text for one in found)
 
 
 def test_tcp_where_rdma_was_asked_for_is_refused():

@@ -1,4 +1,4 @@
-"""Time an all-reduce between all nodes, and print each rank's answer as JSON: fabric.py, in the head's container.
+"""Time all-reduces between all nodes, and print each rank's answer as JSON: fabric.py, in the head's container.
 
 Each rank is a process of its own, `fabric.py RANK RANKS ADDRESS PORT`, because a process reads NCCL's environment only
 once. The ranks use NCCL if all of them have CUDA, else gloo, which proves the network only. A rank ends within RANK_S,
@@ -17,6 +17,9 @@ RANK_S, ANSWER_S, PATIENCE = 40, 48, timedelta(seconds=30)
 MEASURED_S, MOST_TIMES = 2, 20
 # Without CUDA more bytes would measure the additions of the processor, not the network.
 BYTES, BYTES_WITHOUT_CUDA = 256 * 2**20, 32 * 2**20
+# Decoding waits for all-reduces of about this size, two for each layer of a model.
+LATENCY_BYTES, LATENCY_TIMES = 16 * 2**10, 200
+GPU_S, MATRIX = 0.5, 8192
 LOG_CHARS = 100_000
 # With a file name for the log NCCL writes each line at once, so that the last lines before a hang are there.
 LOGGED = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": "/dev/stderr"}
@@ -70,11 +73,11 @@ def ask_every_node():
 
 
 def be_rank(rank, ranks, address, port):
-    """Connect to the other ranks, and time the all-reduce with them."""
+    """Connect to the other ranks, and time the all-reduces with them."""
     import torch
     import torch.distributed as dist
 
-    def seconds(count):
+    def seconds(tensor, count):
         begun = time.perf_counter()
         for _ in range(count):
             dist.all_reduce(tensor)
@@ -89,16 +92,41 @@ def be_rank(rank, ranks, address, port):
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
     try:
         tensor = torch.zeros(size // 4, device=device)
-        seconds(1)  # the first connects
-        slowest = torch.tensor([seconds(1)], device=device)
+        seconds(tensor, 1)  # the first connects
+        slowest = torch.tensor([seconds(tensor, 1)], device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         count = max(1, min(MOST_TIMES, int(MEASURED_S / slowest.item())))
         told = {"backend": backend, "cuda": torch.cuda.is_available(), "size": size, "iterations": count}
-        told["seconds"] = seconds(count)
+        told["seconds"] = seconds(tensor, count)
+        small = tensor[: LATENCY_BYTES // 4]
+        seconds(small, LATENCY_TIMES // 10)
+        told["latency"] = seconds(small, LATENCY_TIMES)
+        if cuda:
+            told |= gpu_rates(torch, tensor)
         dist.barrier()  # no rank may leave while another still measures
     finally:
         dist.destroy_process_group()
     print(json.dumps(told), flush=True)
+
+
+def gpu_rates(torch, tensor):
+    """Return how many bytes a second this GPU reads and writes, and how many operations it does, once it is warm."""
+    other, matrix = torch.empty_like(tensor), torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda")
+    product = torch.empty_like(matrix)
+    work = {
+        "copied": (lambda: other.copy_(tensor), 2 * tensor.nbytes),
+        "computed": (lambda: torch.mm(matrix, matrix, out=product), 2 * MATRIX**3),
+    }
+    told = {}
+    for name, (once, amount) in work.items():
+        for _ in ("warm-up", "measurement"):
+            begun, count = time.perf_counter(), 0
+            while time.perf_counter() - begun < GPU_S:
+                once()
+                torch.cuda.synchronize()
+                count += 1
+            told[name] = amount * count / (time.perf_counter() - begun)
+    return told
 
 
 if __name__ == "__main__":

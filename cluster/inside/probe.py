@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 
 SECONDS = 15
@@ -100,17 +101,18 @@ def links():
 def devices():
     """Return each RoCE device with its interface, that interface's network and speed in Mbit/s, and its GIDs by index.
 
-    A GID comes with its type, RoCE v2 or IB/RoCE v1. An index without a GID is left out.
+    A GID comes with its type, RoCE v2 or IB/RoCE v1. None: the interface has no IPv4 address. 0: its speed is unknown.
     """
     told = {}
     for path in sorted(glob.glob(f"{SYS}/class/infiniband/*/device/net/*")):
         folder, netdev = path.split("/device/net/")
         table = {at: read(f"{folder}/ports/1/gids/{at}") for at in os.listdir(f"{folder}/ports/1/gids")}
         filled = {at: gid for at, gid in table.items() if set(gid) - {*"0:"}}
+        ipv4, speed = known(partial(network, netdev)), known(partial(read, f"{SYS}/class/net/{netdev}/speed"))
         told[os.path.basename(folder)] = {
             "netdev": netdev,
-            "network": known(lambda netdev=netdev: network(netdev)),
-            "speed": known(lambda netdev=netdev: int(read(f"{SYS}/class/net/{netdev}/speed"))),
+            "network": ipv4 if isinstance(ipv4, str) else None,
+            "speed": int(speed) if isinstance(speed, str) and speed.isdecimal() else 0,
             "gids": {at: [gid, read(f"{folder}/ports/1/gid_attrs/types/{at}")] for at, gid in filled.items()},
         }
     return told
