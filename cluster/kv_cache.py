@@ -16,6 +16,7 @@ from math import ceil, lcm
 from typing import Any, TypeVar
 
 from cluster.finding import CannotKnow
+from cluster.settings import TOKENS
 
 # The bytes of one element. vLLM runs a float32 model in 16 bits. Other dtypes of the cache are not computed.
 MODEL_BYTES = {"bfloat16": 2, "float16": 2, "float32": 2}
@@ -34,7 +35,8 @@ class Demand:
     """The options of a line that change how much memory is needed. None leaves the choice to vLLM.
 
     `length` is the longest sequence in tokens. `drafts` is the number of tokens that MTP drafts. `mode` is the value of
-    --mamba-cache-mode.
+    --mamba-cache-mode. `cache` is the size of the KV cache in bytes, and `unit` the tokens of the smallest block.
+    `unknown` is the reason why the cache is not computed, if there is one.
     """
 
     length: int
@@ -49,14 +51,16 @@ class Demand:
     prefix: bool = False
     mode: str = "none"
     eager: bool = False
+    cache: int | None = None
+    unit: int = KERNEL_BLOCK
+    unknown: str = ""
     vllm: tuple[int, ...] = (0, 21, 0)
 
 
 # The effect of these options is not computed, so 0 is the only value that they may have. MTP is read from JSON only.
 NOT_COMPUTED = (
-    "--block-size", "--cpu-offload-gb", "--decode-context-parallel-size", "--hf-overrides", "--mamba-block-size",
-    "--kv-cache-memory-bytes", "--mamba-cache-dtype", "--num-gpu-blocks-override", "--kv-cache-dtype-skip-layers",
-    "--speculative-config.method",
+    "--decode-context-parallel-size", "--hf-overrides", "--mamba-block-size", "--mamba-cache-dtype",
+    "--num-gpu-blocks-override", "--kv-cache-dtype-skip-layers", "--speculative-config.method",
 )  # fmt: skip
 
 
@@ -64,16 +68,24 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     """Read the line and not the settings, because SERVE_EXTRA may repeat an option with another value.
 
     vllm: the version that will run. For a model with constant states, 0.28.0 is the first that switches prefix caching
-    on by itself (engine/arg_utils.py). Raises CannotKnow for an option that is not computed.
+    on by itself (engine/arg_utils.py). An option that is not computed goes into `unknown`. Raises CannotKnow where even
+    the memory that vLLM reserves is not known.
     """
     # An option that is not in the line is absent from the result, so that the default of Demand counts.
     absent = argparse.SUPPRESS
-    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False, argument_default=absent)
-    option = parser.add_argument
-    option("--max-model-len", dest="length", type=whole_number, default=0)
+    reserved, cached = (
+        argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False, argument_default=absent)
+        for _ in range(2)
+    )
+    option = reserved.add_argument
     option("--gpu-memory-utilization", dest="utilization", type=float, default=0.0)
     option("--tensor-parallel-size", "-tp", dest="tp", type=whole_number)
     option("--pipeline-parallel-size", "-pp", dest="pp", type=whole_number)
+    option("--kv-cache-memory-bytes", dest="cache", type=with_unit)
+    option("--cpu-offload-gb", dest="other", choices=("0",))  # the host keeps these weights beside the reservation
+    option = cached.add_argument
+    option("--max-model-len", dest="length", type=whole_number, default=0)
+    option("--block-size", dest="unit", type=whole_number)
     option("--kv-cache-dtype", dest="cache_dtype", choices=("auto", *CACHE_BYTES))
     option("--mamba-ssm-cache-dtype", dest="state_dtype", choices=("auto", *STATE_BYTES))
     option("--speculative-config", dest="drafts", type=mtp_tokens)
@@ -88,18 +100,22 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
         option(name, dest="other", nargs="*", choices=("0",))
     # vLLM takes --a_b=c_d for --a-b=c_d.
     dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+    found, unknown = argparse.Namespace(), ""
     try:
-        given = vars(parser.parse_known_args(dashed)[0])
+        _, others = reserved.parse_known_args(dashed, found)
     except argparse.ArgumentError as error:
         raise CannotKnow(f"The `vllm serve` line has a value that is not computed: {error}.") from None
-    given.pop("other", None)
-    demand = Demand(**given, vllm=vllm)
-    if not demand.length or not 0 < demand.utilization <= 1:
-        raise CannotKnow("The line needs --max-model-len, and --gpu-memory-utilization above 0 and at most 1.")
-    return demand
+    if not 0 < found.utilization <= 1:
+        raise CannotKnow("The line needs --gpu-memory-utilization above 0 and at most 1.")
+    try:
+        cached.parse_known_args(others, found)
+    except argparse.ArgumentError as error:
+        unknown = f"The `vllm serve` line has a value that is not computed: {error}."
+    given = {name: value for name, value in vars(found).items() if name != "other"}
+    return Demand(**given, vllm=vllm, unknown=unknown or ("" if found.length else "The line has no --max-model-len."))
 
 
-# argparse shows the names of these two functions to the operator: "invalid whole_number value".
+# argparse shows the names of these functions to the operator: "invalid whole_number value".
 def whole_number(found: object) -> int:
     """Read a number from 1 to 10**8. A larger size is a mistake."""
     if not str(found).isdecimal() or not 0 < int(str(found)) <= 10**8:
@@ -107,11 +123,16 @@ def whole_number(found: object) -> int:
     return int(str(found))
 
 
+def with_unit(text: str) -> int:
+    """Read bytes as vLLM does: 8G is 8 GiB, and 8g is 8e9."""
+    return int(TOKENS.read(text))
+
+
 def mtp_tokens(text: str) -> int:
     """Return the number of tokens that MTP drafts. Other methods load a second model, whose size is unknown."""
     config = dict(json.loads(text))
     if config.get("method") != "mtp":
-        raise ValueError
+        raise argparse.ArgumentTypeError("a drafter other than mtp is a second model, whose size is not known")
     return whole_number(config.get("num_speculative_tokens"))
 
 
@@ -242,7 +263,12 @@ class Layout:
 
 
 def cache_layout(shape: Shape, demand: Demand) -> Layout:
-    """Return vLLM's blocks on one pipeline stage. Raises CannotKnow if the ranks cannot share the heads."""
+    """Return vLLM's blocks. Raises CannotKnow if the ranks cannot share the heads, and for pipeline parallelism.
+
+    With --block-size a block has that many tokens, or with states a multiple of them (platforms/interface.py).
+    """
+    if demand.pp > 1:
+        raise CannotKnow(f"There is no formula for PP_SIZE={demand.pp}.")
     if demand.drafts and not shape.mtp:
         raise CannotKnow("The line asks for MTP, but config.json has no MTP layers.")
     layers = shape.layers + (shape.mtp if demand.drafts else ())
@@ -255,10 +281,10 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     token = 2 * max(1, shape.kv_heads // demand.tp) * shape.head_dim * each
     held = int(demand.vllm >= (0, 29, 0))  # get_kv_cache_configs then reserves the block that no sequence gets
     if not shape.state or not states:
-        return Layout(KERNEL_BLOCK, KERNEL_BLOCK * token * attention, growing=1, fixed=0, held=held)
+        return Layout(demand.unit, demand.unit * token * attention, growing=1, fixed=0, held=held)
     kept = kept_states(shape, demand)
     # A block has as many tokens as make its keys and values at least as large as one state.
-    step = lcm(shape.state.chunk, KERNEL_BLOCK) if kept == "all" else KERNEL_BLOCK
+    step = lcm(shape.state.chunk, demand.unit) if kept == "all" else demand.unit
     block = step * ceil(state_bytes(shape.state, demand, shape.element) / (step * token))
     # A group has as many layers as the rarer kind. If the other kind has less than half more, it has as many as that.
     few, many = sorted((attention, states))

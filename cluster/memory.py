@@ -1,7 +1,7 @@
 """The memory that a model takes of each node, computed before the model is loaded. Sizes are in bytes.
 
 docs/memory.md has the formula, and compares it with measured values. The formula comes from engine/arg_utils.py and
-v1/worker/utils.py of vLLM 0.21.0.
+v1/worker/utils.py (request_memory) of vLLM 0.21.0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 
 from cluster.finding import GIB, CannotKnow, Finding, vllm_version
-from cluster.kv_cache import STATE, Demand, Layout, Shape, cache_layout, json_field, read_demand, read_shape
+from cluster.kv_cache import Demand, Layout, Shape, cache_layout, json_field, read_demand, read_shape
 from cluster.node import HF_CACHE
 from cluster.repository import ROOT
 from cluster.server import serve_words
@@ -39,36 +39,40 @@ def checkpoint_folder(hf_cache: Path, checkpoint: str) -> Path | None:
         return None
 
 
-def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape, dict[str, int]]:
-    """Read the shape of a model, and the sizes of MEASURED in bytes.
+def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape | None, dict[str, int | None], str]:
+    """Read the shape of a model and the sizes of MEASURED in bytes, each None where it is not known.
 
     profile: the JSON file beside the model's profile. folder: the checkpoint's folder. If it has a config.json or an
-    index of the weights, that file is read in place of the profile. Raises CannotKnow with the file and the key.
+    index of the weights, that file is read in place of the profile. Neither is needed. The third value is the reason
+    why there is no shape, with the file and the key.
     """
-    file = profile
+    file, config, sizes = profile, None, {name: _gib(size) for name, size in MEASURED.items()}
     try:
-        kept = json.loads(file.read_text())
-        measured = {name: json_field(kept, f"{name}_gib", read=_gib, default=size) for name, size in MEASURED.items()}
-        config = kept.get("config")
-        if folder and (folder / "config.json").is_file():
-            file = folder / "config.json"
-            config = json.loads(file.read_text())
-        shape = read_shape(config)
+        if profile.is_file():
+            kept = json.loads(profile.read_text())
+            config = kept.get("config")
+            sizes = {name: json_field(kept, f"{name}_gib", read=_gib, default=size) for name, size in MEASURED.items()}
         if folder and (folder / "model.safetensors.index.json").is_file():
             file = folder / "model.safetensors.index.json"
             index = json.loads(file.read_text())
-            measured["weights"] = json_field(index["metadata"], "total_size", read=lambda size: _gib(size / GIB))
+            sizes["weights"] = json_field(index["metadata"], "total_size", read=lambda size: _gib(size / GIB))
             if any(name.startswith("mtp.") for name in index.get("weight_map", ())):
-                measured["mtp_weights"] = 0
+                sizes["mtp_weights"] = 0
+        file = profile
+        if folder and (folder / "config.json").is_file():
+            file = folder / "config.json"
+            config = json.loads(file.read_text())
+        if config is None:
+            raise ValueError("there is no such file, or no config in it, and the checkpoint here has no config.json")
+        return read_shape(config), sizes, ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CannotKnow(f"{file} is not understood: {error}.") from None
-    return shape, measured
+        return None, sizes, f"{file} is not understood: {error}."
 
 
-def _gib(found: float) -> int:
-    if not 0 <= found < 10**6:
+def _gib(found: float | None) -> int | None:
+    if found is not None and not 0 <= found < 10**6:
         raise ValueError
-    return int(found * GIB)
+    return None if found is None else int(found * GIB)
 
 
 # --- The memory of one node ------------------------------------------------------------------------------------------
@@ -99,31 +103,46 @@ class Budget:
     """The memory of one node with the model on it.
 
     vLLM takes `reservation` at any context length. Weights, activations and graphs come first, and the cache gets what
-    they leave. `outside` comes on top. `layout` is None where the cache is not computed. Each of the `sequences` needs
-    a block of the cache. The number is 0 unless the model has states and decoding is captured in CUDA graphs.
-    `batched` is the number of tokens that one step computes at most.
+    they leave. `outside` comes on top. A size in `lacking` is not known and counts as 0. `layout` is None where the
+    cache is not computed. Each of the `sequences` needs a block of the cache. The number is 0 unless the model has
+    states and decoding is captured in CUDA graphs. `batched` is the number of tokens that one step computes at most.
     """
 
     node: NodeMemory
     demand: Demand
     layout: Layout | None
+    lacking: tuple[str, ...]
     weights: int
     activations: int
     graphs: int
     outside: int
-    reservation: int
     sequences: int
     batched: int
 
     @property
-    def cache(self) -> int:
-        """The part of the reservation that is left for the cache. The other parts are too large if it is below 0."""
-        return self.reservation - self.weights - self.activations - self.graphs
+    def own(self) -> int:
+        """The memory of the model itself, as far as its parts are known."""
+        return self.weights + self.activations + self.graphs
+
+    @property
+    def reservation(self) -> int:
+        """The memory that vLLM must find free at its start, or takes with --kv-cache-memory-bytes if that is more.
+
+        That option replaces only the size of the cache (determine_available_memory of v1/worker/gpu_worker.py).
+        """
+        asked = ceil((self.node.total or 0) * self.demand.utilization)
+        return max(asked, self.own + self.demand.cache) if self.demand.cache else asked
+
+    @property
+    def cache(self) -> int | None:
+        """The memory of the cache, None if it is not known. The other parts are too large if it is below 0."""
+        unknown = self.lacking or self.demand.unknown
+        return self.demand.cache or (None if unknown else self.reservation - self.own)
 
     @property
     def blocks(self) -> int:
         """The blocks of the cache, 0 where it is not computed."""
-        return max(self.cache, 0) // self.layout.block_bytes if self.layout else 0
+        return max(self.cache or 0, 0) // self.layout.block_bytes if self.layout else 0
 
     @property
     def left(self) -> int:
@@ -131,8 +150,8 @@ class Budget:
         return (self.node.available or 0) - self.reservation - self.outside
 
 
-def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node: NodeMemory) -> Budget:
-    """Compute the memory of one node. Raises CannotKnow where the model's cache cannot be computed.
+def node_budget(layout: Layout | None, sizes: Mapping[str, int | None], demand: Demand, node: NodeMemory) -> Budget:
+    """Compute the memory of one node. sizes: those of MEASURED in bytes.
 
     Weights and activations are estimates. The cache is exact for the memory that they leave. Activations were measured
     with 8192 batched tokens. More tokens are scaled up. Fewer are not scaled down, because nobody has measured that.
@@ -141,18 +160,19 @@ def node_budget(shape: Shape, measured: Mapping[str, int], demand: Demand, node:
     # ask NVML alone. vLLM's PR 57378, not merged in October 2026, asks CUDA on a GB10: then 1024 and 8192 there, too.
     sequences, batched = (1024, 8192) if (node.device or 0) >= 70 * GIB else (256, 2048)
     batched = demand.batched or min(batched, (demand.sequences or sequences) * demand.length)
-    captured = STATE in shape.layers and not demand.eager
+    captured = layout and layout.growing + layout.fixed > 1 and not demand.eager  # each running sequence has states
+    size = {name: known or 0 for name, known in sizes.items()}
     drafts = bool(demand.drafts)
-    activations = measured["activations"] + drafts * measured["mtp_activations"]
+    activations = size["activations"] + drafts * size["mtp_activations"]
     return Budget(
         node,
         demand,
-        layout=cache_layout(shape, demand) if demand.pp == 1 else None,
-        weights=ceil((measured["weights"] + drafts * measured["mtp_weights"]) / (demand.tp * demand.pp)),
+        layout,
+        lacking=tuple(name for name, known in sizes.items() if known is None),
+        weights=ceil((size["weights"] + drafts * size["mtp_weights"]) / (demand.tp * demand.pp)),
         activations=activations * max(batched, 8192) // 8192,
-        graphs=0 if demand.eager else measured["graphs"],
-        outside=measured["outside"],
-        reservation=ceil((node.total or 0) * demand.utilization),
+        graphs=0 if demand.eager else size["graphs"],
+        outside=size["outside"],
         sequences=(demand.sequences or min(sequences, batched)) if captured else 0,
         batched=batched,
     )
@@ -168,12 +188,13 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
             (f"KV cache: {int(times * length):,} tokens, {times:.2f} x {length:,}", in_gib(budget.cache)),
             (f"  of it {length:,} tokens take", in_gib(layout.least(length))),
         ]
+    parts = {"weights": "weights on this rank", "activations": "activations (allowance)"}
+    parts |= {"graphs": "CUDA graphs (allowance)"}
+    least = "at least " if budget.demand.cache else ""
     return [
-        ("weights on this rank", in_gib(budget.weights)),
-        ("activations (allowance)", in_gib(budget.activations)),
-        ("CUDA graphs (allowance)", in_gib(budget.graphs)),
+        *((label, in_gib(None if name in budget.lacking else getattr(budget, name))) for name, label in parts.items()),
         *cache,
-        (f"reserved by vLLM: {budget.demand.utilization:g} x {in_gib(node.total)}", in_gib(budget.reservation)),
+        (f"reserved by vLLM: {least}{budget.demand.utilization:g} x {in_gib(node.total)}", in_gib(budget.reservation)),
         ("server outside it (allowance)", in_gib(budget.outside)),
         ("left for the host", in_gib(None if None in (node.total, node.available) else budget.left)),
     ]
@@ -194,16 +215,29 @@ def memory_budgets(
     vllm: the version that will run. hf_cache: this host's Hugging Face folder. With None the profile alone is read.
     """
     model = settings.model
+    profile = ROOT / model.folder / f"{model.size}.json"
     folder = checkpoint_folder(hf_cache, settings["MODEL_CKPT"]) if hf_cache else None
     try:
         demand = read_demand(serve_words(settings), vllm_version(vllm))
-        shape, measured = read_model(ROOT / model.folder / f"{model.size}.json", folder)
-        budgets = [node_budget(shape, measured, demand, node) for node in nodes]
     except CannotKnow as error:
         return [], [Finding("memory-unknown", f"The memory that {model.name} takes is unknown. {error}")]
+    shape, sizes, reason = read_model(profile, folder)
+    layout, why = None, [reason, demand.unknown]
+    try:
+        layout = cache_layout(shape, demand) if shape and not demand.unknown else None
+    except CannotKnow as error:
+        why.append(str(error))
+    if lacking := [f"{name}_gib" for name, size in sizes.items() if size is None]:
+        why.append(f"{profile} gives no {', '.join(lacking)}.")
+    budgets = [node_budget(layout, sizes, demand, node) for node in nodes]
     found = list(dict.fromkeys(finding for budget in budgets for finding in memory_findings(budget, settings)))
-    if demand.pp > 1:
-        text = f"The KV cache is not computed for PP_SIZE={demand.pp}. The log of the load has its size."
+    if any(why):
+        text = (
+            f"The KV cache of {model.name} is not computed, but the log of the load will have it. The host's memory "
+            f"is judged by what vLLM reserves. {' '.join(filter(None, why))}"
+        )
+        if demand.cache and (lacking or demand.unknown):
+            text += " With --kv-cache-memory-bytes vLLM takes more where the weights need more."
         found.insert(0, Finding("memory-unknown", text, refuses=False))
     return budgets, found
 
@@ -235,14 +269,15 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
             f"NV_ERR_NO_MEMORY. Type on {node.name}: sync; echo 1 | sudo tee /proc/sys/vm/drop_caches"
         )
         found.append(Finding("page-cache", text, refuses=False))
-    if layout and (largest := layout.largest(budget.cache)) < demand.length:
+    if layout and budget.cache is not None and (largest := layout.largest(budget.cache)) < demand.length:
         fits = settings.line(MAX_MODEL_LEN=str(largest)) if largest else "none, whatever the --max-len"
+        source = "--kv-cache-memory-bytes gives" if demand.cache else f"GPU_MEM_UTIL {demand.utilization:g} leaves"
         text = (
-            f"{demand.length:,} tokens need {layout.least(demand.length) / GIB:.2f} GiB of KV cache, and GPU_MEM_UTIL "
-            f"{demand.utilization:g} leaves {budget.cache / GIB:.2f} on {node.name}. The largest that fits: {fits}. "
+            f"{demand.length:,} tokens need {layout.least(demand.length) / GIB:.2f} GiB of KV cache, and {source} "
+            f"{budget.cache / GIB:.2f} on {node.name}. The largest that fits: {fits}. "
         )
         found.append(Finding("memory-context", text + _proposal(budget, settings, min)))
-    elif layout and budget.blocks < budget.sequences:
+    elif layout and budget.cache is not None and budget.blocks < budget.sequences:
         default = "" if demand.sequences else " (vLLM's default on this GPU)"
         text = (
             f"vLLM would refuse MAX_NUM_SEQS {budget.sequences}{default} after loading: each sequence needs a cache "
@@ -268,17 +303,23 @@ def _proposal(
 ) -> str:
     """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and leaves the host enough.
 
-    keeps: the limits of which the host is left at least one, tried in this order.
+    With --kv-cache-memory-bytes its value is proposed in place of a command, because that option stands in SERVE_EXTRA
+    or in the model's template. keeps: the limits of which the host is left at least one, tried in this order.
     """
-    most, lowest = float(settings["GPU_MEM_UTIL_MAX"]), budget.reservation - budget.cache
-    if layout := budget.layout:
-        lowest += max(layout.least(budget.demand.length), budget.sequences * layout.block_bytes)
+    demand, layout, most = budget.demand, budget.layout, float(settings["GPU_MEM_UTIL_MAX"])
+    lowest = budget.own + (max(layout.least(demand.length), budget.sequences * layout.block_bytes) if layout else 1)
     shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]
     for keep in (float(settings[name]) for name in keeps):
-        highest = budget.reservation + budget.left - keep * GIB
-        if fitting := [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]:
+        highest = budget.reservation + int(budget.left - keep * GIB)
+        # Another GPU_MEM_UTIL gives such a cache no byte, and the host only as much as the option's bytes leave.
+        by_bytes = demand.cache and (choose is min or budget.own + demand.cache > highest)
+        if by_bytes and lowest <= highest:
+            return f"Give --kv-cache-memory-bytes {int(choose([lowest, highest])) - budget.own}."
+        fitting = [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]
+        if fitting and not by_bytes:
             return f"Type: {settings.line(GPU_MEM_UTIL=f'{choose(fitting):.2f}')}"
+    option = "--kv-cache-memory-bytes" if by_bytes else f"GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g})"
     return (
-        f"No GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g}) holds the cache and leaves the host {keep:g} GiB. "
+        f"No {option} holds the cache and leaves the host {keep:g} GiB. "
         f"To see what else runs on {budget.node.name}, type there: free -g"
     )

@@ -129,5 +129,5 @@ def test_a_rule_that_does_not_exist_cannot_be_allowed():
 
 def test_a_plan_warns_and_refuses_nothing(operator, settings, capfd):
     """`plan` asks no node. If a model would not fit on an ordinary Spark, `plan` says so and does not refuse."""
-    check.foretell(check.foresee(settings.emptied(["MAX_MODEL_LEN"], "test")))
+    check.foretell(check.foresee(settings.emptied(["GPU_MEM_UTIL"], "test")))
     assert "WOULD BE REFUSED memory-unknown: " in capfd.readouterr().err

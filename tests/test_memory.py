@@ -8,14 +8,21 @@ import pytest
 
 from cluster.finding import GIB, CannotKnow
 from cluster.kv_cache import Demand, cache_layout, kept_states, read_demand, state_bytes
-from cluster.memory import SPARK, NodeMemory, budget_rows, memory_budgets, memory_findings, node_budget, read_model
+from cluster.memory import (
+    SPARK,
+    NodeMemory,
+    budget_rows,
+    memory_budgets,
+    memory_findings,
+    node_budget,
+    read_model,
+)
 from cluster.models import find_model
 from cluster.repository import ROOT
 from cluster.settings import load_settings
 
-NEMOTRON, MEASURED = read_model(ROOT / "nemotron/120b.json")
-QWEN30, _ = read_model(ROOT / "qwen/30b.json")
-QWEN122, _ = read_model(ROOT / "qwen/122b.json")
+NEMOTRON, MEASURED, _ = read_model(ROOT / "nemotron/120b.json")
+QWEN30, QWEN122 = (read_model(ROOT / f"qwen/{size}.json")[0] for size in ("30b", "122b"))
 H100 = NodeMemory("an H100", int(79.19 * GIB), int(78.5 * GIB), int(79.65 * GIB))
 ARTICLE = Demand(1048576, 0.75, tp=2, cache_dtype="fp8")
 MTP = replace(ARTICLE, drafts=3)
@@ -28,7 +35,7 @@ def settings(**shell):
 
 def budget(asked=ARTICLE, node=SPARK):
     """The memory of one node with Nemotron on it."""
-    return node_budget(NEMOTRON, MEASURED, asked, node)
+    return node_budget(cache_layout(NEMOTRON, asked), MEASURED, asked, node)
 
 
 def findings(asked=ARTICLE, node=SPARK, **shell):
@@ -143,6 +150,12 @@ def test_the_mode_of_each_version():
     assert modes(drafted, versions) == ["all", "align", "align", "all", "all", "align", "align"]
     assert modes(replace(drafted, mode="all"), versions) == [*["all"] * 6, "align"]
     assert modes(replace(cached, mode="align"), versions) == ["align"] * 7 and modes(MTP, versions) == ["none"] * 7
+
+
+def test_the_block_that_no_sequence_gets():
+    """0.29 is the first that counts it, by get_kv_cache_configs of 0.28.0 and 0.29.0."""
+    held = [cache_layout(QWEN30, Demand(4096, 0.7, vllm=(0, minor, 0))).held for minor in (21, 28, 29, 32)]
+    assert held == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -369,23 +382,39 @@ def test_a_line_is_read_as_vllm_reads_it():
     [
         "--max-model-len auto",
         "--max-model-len",
-        "--tensor-parallel-size 0",
         "--kv-cache-dtype nvfp4",
         "--mamba-ssm-cache-dtype int8",
-        "--gpu-memory-utilization nan",
-        "--gpu-memory-utilization 1.5",
-        "--kv-cache-memory-bytes 8G",
-        "--block-size 32",
+        "--block-size auto",
         "--data-parallel-size 2",
         "--dtype float32",
         "--speculative-config {}",
         "--speculative-config.method ngram",
         '--speculative-config {"method":"eagle3","num_speculative_tokens":3}',
         '--speculative-config {"method":"mtp","num_speculative_tokens":true}',
+        "--hf-overrides {}",
     ],
 )
-def test_an_option_that_is_not_computed_is_a_finding(extra):
-    """An option or a value whose effect on memory is unknown refuses, and the finding names the option."""
+def test_an_option_that_is_not_computed_is_served_with_a_warning(extra):
+    """The warning names the option. What vLLM reserves is known all the same, so the host's floor still refuses."""
+    assert re.search(r"--[a-z]", read_demand([*LINE, *extra.split()]).unknown)
+    asked = settings(SERVE_EXTRA=shlex.join(extra.split()))
+    (fits, _), found = memory_budgets(asked, [SPARK, replace(SPARK, available=60 * GIB)], "0.21.0", None)
+    assert [(one.rule, one.refuses) for one in found] == [("memory-unknown", False), ("memory-floor", True)]
+    assert (fits.cache, fits.left) == (None, budget().left) and "GPU_MEM_UTIL=0.36" in found[1].text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--tensor-parallel-size 0",
+        "--gpu-memory-utilization nan",
+        "--gpu-memory-utilization 1.5",
+        "--kv-cache-memory-bytes much",
+        "--cpu-offload-gb 8",
+    ],
+)
+def test_a_line_whose_reservation_is_not_known_is_refused(extra):
+    """Without the size that vLLM reserves, nobody knows what the host keeps."""
     with pytest.raises(CannotKnow, match=r"--[a-z]"):
         read_demand([*LINE, *extra.split()])
     budgets, (finding,) = memory_budgets(settings(SERVE_EXTRA=shlex.join(extra.split())), [SPARK], "0.21.0", None)
@@ -394,5 +423,85 @@ def test_an_option_that_is_not_computed_is_a_finding(extra):
 
 def test_a_line_without_its_length_is_not_guessed():
     """The model's own maximum is not the length that this project launches with."""
-    with pytest.raises(CannotKnow, match="--max-model-len"):
-        read_demand(["vllm", "serve", "a/b"])
+    assert "--max-model-len" in read_demand(["vllm", "serve", "a/b", "--gpu-memory-utilization", "0.7"]).unknown
+
+
+# --- What a line sets itself -----------------------------------------------------------------------------------------
+
+
+def test_the_size_of_a_block_on_the_line():
+    """A plain transformer gets that block. With states it becomes the next multiple that holds a state."""
+    assert cache_layout(QWEN30, Demand(131072, 0.7, tp=2, unit=64)).block_bytes == 64 * 48 * 1024
+    blocks = [cache_layout(NEMOTRON, replace(ARTICLE, unit=unit)).block for unit in (16, 64, 256, 16384)]
+    assert blocks == [8320, 8320, 8448, 16384]
+    assert cache_layout(NEMOTRON, replace(ARTICLE, unit=48, prefix=True)).block == 8448
+    assert read_demand([*LINE, "--block-size", "64"]) == replace(ARTICLE, unit=64)
+
+
+def given(size, **changed):
+    """The article's demand with a KV cache of so many GiB on its line, and the findings for one node."""
+    asked = replace(ARTICLE, cache=int(size * GIB), sequences=1, **changed)
+    return budget(asked), findings(asked)
+
+
+def test_a_cache_of_a_given_size():
+    """vLLM takes the model and those bytes, 39.4 GiB and 8, and a lower GPU_MEM_UTIL takes nothing from the cache."""
+    assert read_demand([*LINE, "--kv-cache-memory-bytes", "8G"]) == replace(ARTICLE, cache=8 * GIB)
+    found, none = given(8, utilization=0.1)
+    assert (found.reservation / GIB, found.left / GIB) == pytest.approx((47.4, 62.0), abs=0.1) and none == []
+    assert dict(budget_rows(found))["reserved by vLLM: at least 0.1 x 121.7"] == "47.4"
+    assert found.blocks == 8 * GIB // found.layout.block_bytes
+
+
+def test_a_given_cache_that_is_too_large_or_too_small():
+    """A size that leaves the host too little, and one that holds no request, are refused with the size that fits."""
+    _, (large,) = given(65)
+    fits = int(re.search(r"Give --kv-cache-memory-bytes (\d+)\.$", large.text)[1])
+    assert large.rule == "memory-floor" and given(fits / GIB)[1] == []
+    assert given(fits / GIB + 0.01)[1][0].rule == "memory-low"
+    _, (small,) = given(2)
+    fits = int(re.search(r"Give --kv-cache-memory-bytes (\d+)\.$", small.text)[1])
+    assert small.rule == "memory-context" and "and --kv-cache-memory-bytes gives 2.00" in small.text
+    assert given(fits / GIB)[1] == [] and given((fits - 1) / GIB)[1] != []
+
+
+def test_vllms_own_condition_holds_for_a_given_cache():
+    """vLLM starts only where GPU_MEM_UTIL of the memory is free, however little it takes then."""
+    found, (finding,) = given(8, utilization=0.89)
+    assert (
+        finding.rule == "memory-floor" and found.reservation == budget(replace(ARTICLE, utilization=0.89)).reservation
+    )
+    assert "Type: GPU_MEM_UTIL=0.80 inv launch" in finding.text and given(8, utilization=0.80)[1] == []
+
+
+# --- A model of which less is known -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["{", '{"config": {"model_type": "deepseek_v9"}}', "{}", None])
+def test_a_model_without_a_formula_is_served(tmp_path, kept, monkeypatch):
+    """An unknown architecture, and a JSON file that is broken, empty or not there, warn. The host's floor refuses."""
+    monkeypatch.setattr("cluster.memory.ROOT", tmp_path)
+    (tmp_path / "nemotron").mkdir()
+    if kept:
+        (tmp_path / "nemotron/120b.json").write_text(kept)
+    _, found = memory_budgets(settings(), [SPARK, replace(SPARK, available=100 * GIB)], "0.21.0", None)
+    assert [(one.rule, one.refuses) for one in found] == [("memory-unknown", False), ("memory-floor", True)]
+    assert "120b.json" in found[0].text and "weights_gib, activations_gib, graphs_gib" in found[0].text
+
+
+def test_a_given_cache_beside_unknown_weights(tmp_path, monkeypatch):
+    """At least the reservation is assumed, because vLLM wants that free. The warning says that it may be more."""
+    monkeypatch.setattr("cluster.memory.ROOT", tmp_path)
+    asked = settings(SERVE_EXTRA="--kv-cache-memory-bytes 8G")
+    (known,), (finding,) = memory_budgets(asked, [SPARK], "0.21.0", None)
+    assert known.left == budget().left and "takes more where the weights need more" in finding.text
+    (known,), _ = memory_budgets(settings(SERVE_EXTRA="--kv-cache-memory-bytes 100G"), [SPARK], "0.21.0", None)
+    assert known.reservation == 100 * GIB
+
+
+def test_a_step_is_judged_where_only_a_size_is_unknown():
+    """The layout of the cache needs no size of the weights."""
+    asked = replace(MTP, prefix=True)
+    found = node_budget(cache_layout(NEMOTRON, asked), MEASURED | {"activations": None}, asked, SPARK)
+    assert [one.rule for one in memory_findings(found, settings())] == ["memory-batched"]
+    assert ("activations (allowance)", "unknown") in budget_rows(found)

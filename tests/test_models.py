@@ -1,5 +1,6 @@
 """A model is data: one more folder or file is one more model, with its names and its task, and no Python."""
 
+import json
 import os
 import re
 import shutil
@@ -121,11 +122,26 @@ def test_there_is_no_launch_task_without_a_model():
     assert made == set(LAUNCHED)
 
 
-def test_a_new_model_is_a_folder_and_no_python(tmp_path):
-    """A copy of this repository with one more folder launches the models of that folder."""
-    for part in ("tasks.py", "cluster", "templates", "nemotron", ".env.example"):
+@pytest.fixture
+def copied(tmp_path):
+    """Runs Python in a copy of this repository, to which a test adds a model."""
+    for part in ("tasks.py", "cluster", "templates", "nemotron", ".env.example", "requirements.lock"):
         whole = ROOT / part
         (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / part)
+
+    def run(*words, **env):
+        env = {"PATH": os.environ["PATH"], "ENV_FILE": "", "HOME": "/home/operator", **env}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def test_a_new_model_is_a_folder_and_no_python(tmp_path, copied):
+    """A copy of this repository with one more folder launches the models of that folder."""
     new = tmp_path / "mistral"
     new.mkdir()
     for size in ("24b", "3.1_24b"):
@@ -136,9 +152,76 @@ def test_a_new_model_is_a_folder_and_no_python(tmp_path):
     (new / "serve.j2").write_text(
         '{% extends "vllm_serve.j2" %}\n{% block flags %}\n--tokenizer-mode {{ TOKENIZER_MODE }}\n{% endblock %}\n'
     )
-    words = [sys.executable, "-m", "invoke", "--dry", "launch-mistral-24b", "launch", "--model", "mistral-3.1_24b"]
-    env = {"PATH": os.environ["PATH"], "ENV_FILE": "", "TOKENIZER_MODE": "slow"}
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ("-m", "invoke", "--dry", "launch-mistral-24b", "launch", "--model", "mistral-3.1_24b")
+    done = copied(*words, TOKENIZER_MODE="slow")
     assert re.findall("^  vllm serve (.*) ", done.stdout, re.M) == ["mistral/24b", "mistral/3.1_24b"]
     assert done.stdout.count("  --tokenizer-mode slow \\\n") == done.stdout.count("--max-model-len 32768") == 2
+
+
+# A checkpoint of an architecture that no formula knows, with a drafter and a cache of 12 GiB. It has no JSON file.
+UNKNOWN_MODEL = {
+    "420b.env": "MODEL_CKPT=ursa/420b\nSERVED_NAME=ursa\nVLLM_IMAGE=ursa/vllm:2\nTP_SIZE=2\nMAX_MODEL_LEN=64K\n"
+    "GPU_MEM_UTIL=0.8\nMAX_NUM_SEQS=\nMAX_NUM_BATCHED_TOKENS=\nTOOL_CALL_PARSER=\nKV_CACHE_BYTES=12G\n"
+    """DRAFTER='{"method":"eagle3","model":"ursa/drafter","num_speculative_tokens":4}'\n""",
+    "cluster.env": "URSA_EXPERTS=fused\nVLLM_FORWARD_VARS=URSA_EXPERTS\n",
+    "serve.j2": '{% extends "vllm_serve.j2" %}\n{% block flags %}\n--kv-cache-memory-bytes {{ KV_CACHE_BYTES }}\n'
+    "--speculative-config {{ DRAFTER }}\n{% endblock %}\n",
+}
+# `check` without Docker: the argument has the recorded facts of every node, and the variables are those of the model.
+CHECK = """
+import json, sys
+from types import SimpleNamespace
+from cluster import agreement, check
+from cluster.models import find_model
+from cluster.options import Known
+from cluster.settings import load_settings
+
+settings, told = load_settings(find_model("ursa")), json.loads(sys.argv[1])
+for each in told.values():
+    each["environment"] = {name: settings[name] for name in settings.forward} | each["environment"]
+check.known_options = lambda *_: Known("0.31.0", {})
+check.gated = lambda settings, *_: (settings, (), ())
+check.ask_nodes = lambda head, names: [agreement.Node(*each.split(), 1, told[each]) for each in told]
+check.ask_server, check.settle = lambda _: None, lambda: None
+agreement.repository_digest = lambda: "0123"
+print(check.as_json(check.inspect(settings, SimpleNamespace())))
+"""
+TOLD = {
+    "repository": "0123",
+    "gpus": [{"name": "NVIDIA GB10", "memory": None}],
+    "wrapper": {"sha256": "a", "words": "docker run ursa/vllm:2"},
+    "image": "sha256:aa base@sha256:bb",
+    "token": None,
+    **dict.fromkeys(("python", "ray", "vllm", "torch"), "0.31.0"),
+    "infiniband": ["uverbs0"],
+    "memlock": -1,
+    "ipc_lock": True,
+    "network": "10.0.0.0/24",
+    "links": {},
+}
+
+
+def test_a_new_model_of_an_unknown_architecture_is_planned_and_checked(tmp_path, copied):
+    """Its own image, variables, drafter and size of the cache are taken as they are, and no JSON file is needed.
+
+    A warning says what is not computed. The host's floor refuses what is too large, and the nodes are compared.
+    """
+    (tmp_path / "ursa").mkdir()
+    for name, text in UNKNOWN_MODEL.items():
+        (tmp_path / "ursa" / name).write_text(text)
+    plan = copied("-m", "invoke", "plan", "--model", "ursa", KV_CACHE_BYTES="110G")
+    assert "\n  --kv-cache-memory-bytes 110G" in plan.stdout and '"method":"eagle3"' in plan.stdout
+    assert "\n  ursa/vllm:2" in plan.stdout and "\n  -e URSA_EXPERTS" in plan.stdout
+    assert "WARNING memory-unknown: The KV cache of ursa is not computed" in plan.stderr
+    assert "WOULD BE REFUSED memory-floor: a Spark would keep" in plan.stderr
+
+    def found(gib, experts="fused"):
+        memory = {"MemTotal": int(121.7 * 2**30), "MemAvailable": int(gib * 2**30)}
+        head = TOLD | {"host": "a/1", "memory": memory, "environment": {}}
+        worker = head | {"host": "b/2", "environment": {"URSA_EXPERTS": experts}}
+        told = json.dumps({"10.0.0.1 spark-1": head, "10.0.0.2 spark-2": worker})
+        said = json.loads(copied("-c", CHECK, told).stdout)["findings"]
+        return {one["rule"]: one["refuses"] for one in said if one["refuses"] or one["rule"].startswith("memory-")}
+
+    assert found(117.4) == {"memory-unknown": False}
+    assert found(100, "slow") == {"variables": True, "memory-unknown": False, "memory-floor": True}

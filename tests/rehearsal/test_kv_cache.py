@@ -60,8 +60,10 @@ def ours(shape, demand, room):
 def everything():
     """Yield every case with our answer. A length that does not fit becomes the largest that does, and one more."""
     for model in known_models().values():
-        shape, _ = read_model(ROOT / model.folder / f"{model.size}.json")
-        for demand, room in product(demands(shape), (int(5.3 * GIB), int(20.01 * GIB), int(36.5 * GIB))):
+        shape, *_ = read_model(ROOT / model.folder / f"{model.size}.json")
+        for demand, room in product(
+            demands(shape) if shape else (), (int(5.3 * GIB), int(20.01 * GIB), int(36.5 * GIB))
+        ):
             try:
                 largest = cache_layout(shape, demand).largest(room)
             except CannotKnow:
