@@ -174,7 +174,7 @@ def _serving(seen: Seen, answer: Answer) -> Verdict:
         return Verdict(State.UNKNOWN, f"The server answers, but {NOT_RECORDED}", START_RECORDER)
     if deaf := [f"{at} ({seconds:.0f} s)" for at, seconds in seen.recorded.silent.items() if seconds >= DEAF_S]:
         why = f"The server answers, but the recorder does not reach {', '.join(deaf)}. Memory and links are unknown."
-        return Verdict(State.UNKNOWN, why, "inv logs, for the lines of the memory guard; inv status")
+        return Verdict(State.UNKNOWN, why, "inv logs, for the lines of the recorder; inv status")
     if broken := [f"{place}: {words}" for place, (well, words) in seen.gpus.items() if not well]:
         return Verdict(State.UNKNOWN, f"The server answers, but {'; '.join(broken)}", "nvidia-smi")
     return Verdict(State.HEALTHY, f"One token in {answer.seconds:.2f} s.")

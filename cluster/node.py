@@ -170,7 +170,8 @@ def _commands(role: str, settings: Settings, net: Network, detached: bool = Fals
     )
     env["NODE_RAY_WRAPPER"], env["NODE_RAY_WRAPPER_SHA256"] = fingerprint(wrapper, mounted)
     env["NODE_RAY_REPOSITORY"] = repository_digest()
-    ray = render(f"ray_{role}.j2", in_shell=IN_SHELL, address=net.address, ray_port=RAY_PORT, **settings.public())
+    values = {"start": f"{INSIDE}/start.sh", "address": net.address, "ray_port": RAY_PORT}
+    ray = render(f"ray_{role}.j2", **values, **settings.public())
     make_folders = render("cache_folders.j2", folders=list(dict.fromkeys(folders.values())))
     log = node_log(settings) if detached else None
     start = Command(wrapper + ray, where, env, asks=asks, log=log)

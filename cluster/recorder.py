@@ -31,8 +31,9 @@ GIB = 2**30
 class Recorded:
     """The recorder's last look at all nodes.
 
-    nodes: by address the facts of each node, or None if it did not answer. The facts are `available` (bytes), `ranks`
-    (how many), `cpu` (seconds of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
+    nodes: by address the facts of each node, or None if it did not answer. The facts are those of the
+    node's memory guard (inside/memory_guard.py), such as `available` in bytes, and `ranks` (how many), `cpu` (seconds
+    of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
     still: for how many seconds each thing has not moved. silent: for how many seconds a node has not answered.
     floor: the MEM_FLOOR_GIB that the server was launched with.
     """

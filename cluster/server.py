@@ -123,9 +123,9 @@ def start_command(settings: ModelSettings) -> Command:
 
 
 def recorder_command(settings: Settings) -> Command:
-    """Start the recorder beside the server: it watches every node and guards the memory."""
+    """Start the recorder beside the server. The recorder watches every node."""
     api = api_url(settings["HOST"], settings["PORT"])
-    return Command(_exec("record", words=[api, settings["MEM_ABORT_GIB"]]), "head")
+    return Command(_exec("record", words=[api, settings["MEM_FLOOR_GIB"]]), "head")
 
 
 def follow_command() -> Command:

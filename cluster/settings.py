@@ -387,6 +387,7 @@ SET_BY = {
 EVERY_CONTAINER = {
     "PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "ENGINE_TIMEOUT_S",
     "RAY_CGRAPH_get_timeout": "ENGINE_TIMEOUT_S", "VLLM_ENGINE_READY_TIMEOUT_S": "ENGINE_TIMEOUT_S",
+    "MEM_ABORT_GIB": "MEM_ABORT_GIB",
 }  # fmt: skip
 # Bash or the container sets these for itself, or vLLM warns about the name.
 SET_ELSEWHERE = (

@@ -300,7 +300,7 @@ def test_a_load_without_a_fresh_look_is_not_stuck(quiet, age, loading, folder):
 
 
 @pytest.mark.parametrize(("age", "said"), [(1, 0), (FRESH_S + 2, 1), (None, 1)], ids=["fresh", "stale", "nothing"])
-def test_a_load_without_a_recorder_is_said_to_be_unguarded(age, said, loading, folder, monkeypatch):
+def test_a_load_without_a_recorder_is_warned_of(age, said, loading, folder, monkeypatch):
     """The warning comes once, after the recorder has had time to reach every node."""
     monkeypatch.setattr(load, "RECORDER_S", -1)
     if age:

@@ -1,4 +1,4 @@
-"""The recorder beside the server: it sees what moves on every node, and ends a server that runs out of memory."""
+"""The recorder beside the server: it sees what moves on every node, and ends a server of which a guard killed ranks."""
 
 import http.client
 import importlib
@@ -66,10 +66,6 @@ class Psutil(ModuleType):
         """Return whether the process lives, which every process does that is not in `gone`."""
         return pid not in self.gone
 
-    def virtual_memory(self):
-        """Return what is available."""
-        return SimpleNamespace(available=2048 * 1024)
-
     def net_if_stats(self):
         """Return the links by name."""
         return {name: SimpleNamespace(isup=up) for name, up in self.links.items()}
@@ -120,9 +116,16 @@ def clock():
     return Clock()
 
 
+# What a memory guard has written.
+LINE = {"at": 1_700_001_000.0, "available": 2048 * 1024, "free": 1024, "cached": 512, "swap": 0, "lowest": 2048 * 1024}
+LINE["killed"] = None
+
+
 @pytest.fixture
-def recorder(real, clock, monkeypatch):
+def recorder(real, clock, monkeypatch, tmp_path):
     """The script in that time, without threads, on a machine without processes, links and nvidia-smi."""
+    (tmp_path / "memory").write_text(json.dumps(LINE).ljust(399) + "\n")
+    monkeypatch.setattr(real, "GUARD", str(tmp_path / "memory"))
     monkeypatch.setattr(real, "time", clock)
     monkeypatch.setattr(real, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=lambda: None)))
     monkeypatch.setattr(real, "psutil", Psutil())
@@ -198,7 +201,19 @@ def test_ranks_are_known_by_their_titles(recorder):
     for number, name in enumerate(names):
         recorder.psutil.add(10 + number, name, spent=1.5)
     told = recorder.Gauge().look()
-    assert told == {"available": 2048 * 1024, "ranks": 2, "cpu": 3.0, "gpu": None, "down": []}
+    assert told == LINE | {"ranks": 2, "cpu": 3.0, "gpu": None, "down": []}
+
+
+@pytest.mark.parametrize("age", [2.1, -2.1, None])
+def test_a_guard_that_does_not_write_makes_the_memory_unknown(age, recorder, clock, monkeypatch):
+    """An old line is no answer, because the memory may have changed since. Nobody else reads the memory."""
+    if age is None:
+        monkeypatch.setattr(recorder, "GUARD", "/nowhere")
+    else:
+        clock.stepped += age
+    for ask in (recorder.Gauge().memory, recorder.Gauge().look):
+        with pytest.raises((TimeoutError, FileNotFoundError)):
+            ask()
 
 
 def test_a_rank_that_waits_for_its_compiler_works(recorder):
@@ -272,6 +287,7 @@ def test_a_gpu_without_a_figure_is_unknown(plays, percent, smi, recorder, clock,
 def test_the_gpu_is_read_in_a_thread_of_its_own(smi, recorder, clock, monkeypatch):
     """nvidia-smi runs every 5 s, because it is slow, and never during a look at the memory."""
     gauge, smi.plays, looks = recorder.Gauge(), "7\n", [recorder.Gauge().look()["gpu"]]
+    monkeypatch.setattr(recorder, "STALE_S", 60)
 
     def sleep(seconds):
         looks.append(gauge.look()["gpu"])
@@ -434,7 +450,8 @@ def test_half_an_answer_does_not_end_the_reading(followed):
 
 def node(**other):
     """What a node's gauge says while the node idles."""
-    return {"available": 20 * GIB, "ranks": 1, "cpu": 5.0, "gpu": 0, "down": []} | other
+    memory = LINE | {"available": 20 * GIB, "lowest": other.get("available", 20 * GIB)}
+    return memory | {"ranks": 1, "cpu": 5.0, "gpu": 0, "down": []} | other
 
 
 def two(**other):
@@ -520,28 +537,34 @@ def test_the_servers_own_processes_and_log_are_noted(noted, recorder, tmp_path):
     assert moved(found) == {"server_cpu", "log"} and {found[f"cpu {address}"] for address in BOTH} == {25}
 
 
-# --- The guard -------------------------------------------------------------------------------------------------------
+# --- The recorder ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def recorded(recorder, monkeypatch, tmp_path, capsys):
-    """Records a server that lives as long as there are looks; returns what was ended, written and said."""
+def recorded(recorder, clock, monkeypatch, tmp_path, capsys):
+    """Records a server that lives as long as there are looks, which take so many seconds; returns what was ended,
+    written and said. The server started 100 s ago."""
     (tmp_path / "pid").write_text(f"{SERVER}\n")
+    os.utime(tmp_path / "pid", times=(clock.time() - 100,) * 2)
     ended = []
 
-    def record(*looks, least=2.0, after=(), before=None):
+    def record(*looks, floor=5.0, seconds=0, after=(), before=None):
         """`after`: looks after the server's end. `before`: what each node had before the launch."""
         left, told = list(looks), []
+        gone, lines = list(after), {at: free and {"available": free} for at, free in (before or {}).items()}
+
+        def ask(_, method):
+            clock.sleep(seconds)
+            return (left or gone).pop(0) if method == "look" else lines
+
         monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
-        gone = list(after)
-        monkeypatch.setattr(
-            recorder, "ask", lambda _, method: (left or gone).pop(0) if method == "look" else before or {}
-        )
+
+        monkeypatch.setattr(recorder, "ask", ask)
         counters = SimpleNamespace(seconds=lambda: {"counters": 45, "waiting": 30})
         monkeypatch.setattr(recorder, "Counters", lambda _: counters)
         monkeypatch.setattr(recorder, "runs", lambda group: group == SERVER and bool(left) and not ended)
         monkeypatch.setattr(recorder, "end", lambda group, *why: ended.append(group) or told.extend(why))
-        recorder.record(str(tmp_path / "pid"), str(tmp_path), "http://head", least)
+        recorder.record(str(tmp_path / "pid"), str(tmp_path), "http://head", floor)
         kept = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         said = capsys.readouterr().out
         return SimpleNamespace(
@@ -551,37 +574,70 @@ def recorded(recorder, monkeypatch, tmp_path, capsys):
     return record
 
 
-def test_a_server_without_memory_is_ended(recorded):
-    """The server is ended as soon as one node is below the limit, because full unified memory hangs the host."""
-    found = recorded(two(), two(available=2 * GIB), two(available=2 * GIB - 1), two())
-    assert (found.ended, found.looks) == ([SERVER], 3)
-    assert "10.0.0.2 has 2.0 GiB left, less than MEM_ABORT_GIB (2): ending the server" in found.said
-    assert found.told[1:] == ["memory guard", "ended by the memory guard: 10.0.0.2 had 2.0 GiB"]
+RANK, FREE = {"available": 2 * GIB}, {"ranks": 0}
+BEFORE = dict.fromkeys(BOTH, 20 * GIB)
 
 
-def test_a_limit_of_nothing_ends_nothing(recorded):
-    """With MEM_ABORT_GIB=0 the recorder only looks, and its first line says so."""
-    found = recorded(two(available=1), two(available=0), two(), least=0.0)
-    assert (found.ended, found.looks) == ([], 3) and "MEM_ABORT_GIB is 0: it only looks" in found.said
+def killed(ago, available=3.9 * GIB):
+    """What a guard says that killed so many seconds before."""
+    return {"killed": {"at": LINE["at"] - ago, "available": available}}
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["still serving", "ended meanwhile"])
+def test_a_server_of_which_a_guard_killed_a_rank_is_ended(over, recorded):
+    """The other ranks cannot serve alone. The server may end by itself before the next look; the reason is not lost."""
+    look = two(**killed(1) | FREE) | {BOTH[0]: node(ranks=0)}
+    found = recorded(two(), *([] if over else [look]), after=[look], before=BEFORE)
+    assert found.ended == [SERVER]
+    assert found.told[1:] == ["memory guard", "ended by the memory guard: 10.0.0.2 had 3.9 GiB"]
+    assert found.said.count("recorder: the server ends, because 10.0.0.2 had 3.9 GiB\n") == 1
+
+
+def test_a_guard_that_killed_an_earlier_server_ends_nothing(recorded):
+    """A guard keeps its last kill. The clocks of the nodes may differ, so only spans of time are compared."""
+    assert recorded(*[two(**killed(110))] * 3).ended == []
+    slow = {"at": LINE["at"] - 86400}
+    assert recorded(*[two(**slow, **killed(86400 + 110))] * 3).ended == []
+    assert recorded(*[two(**slow, **killed(86400 + 90))] * 3).ended == [SERVER]
+
+
+ONE = {BOTH[0]: node(), BOTH[1]: None}
+
+
+@pytest.mark.parametrize(("before", "ends"), [(4.9, True), (5, False), (20, False)])
+def test_a_node_that_falls_silent_after_a_low_reading_ends_the_server(before, ends, recorded):
+    """A starving node does not answer. It has 10 s from its last answer on; a node with enough memory has for ever."""
+    found = recorded(two(), two(available=before * GIB), *[ONE] * 9, seconds=3)
+    assert (found.ended, found.looks) == (([SERVER], 5) if ends else ([], 11))
+    why = "ended by the memory guard: 10.0.0.2 had 4.9 GiB, and then did not answer for 10 s"
+    assert found.told[1:] == (["memory guard", why] if ends else [])
+
+
+def test_a_node_that_answers_again_ends_nothing(recorded):
+    """Each answer begins the ten seconds anew. A server that has ended by itself was not ended for a silence."""
+    low = two(available=4 * GIB)
+    assert recorded(low, ONE, ONE, low, ONE, ONE, low, seconds=3).ended == []
+    assert recorded(low, *[ONE] * 5, floor=0.0, seconds=3).ended == []
+    over = [*[ONE] * 5, two(ranks=0) | {BOTH[0]: node(ranks=0)}]
+    assert recorded(low, ONE, ONE, after=over, before=BEFORE, seconds=3).ended == []
 
 
 def test_every_look_is_kept(recorded, clock, tmp_path):
     """The host can read the last look and the lowest memory. Each file is written whole."""
-    found = recorded(two(available=9 * GIB), two(available=7 * GIB), two(available=8 * GIB, gpu=None))
+    found = recorded(two(available=9 * GIB), two(lowest=7 * GIB), two(available=8 * GIB, gpu=None))
     assert vars(found)["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 7 * GIB}
     assert found.vitals["at"] == clock.time() - 1 and found.vitals["nodes"] == two(available=8 * GIB, gpu=None)
     assert found.vitals["quiet"].items() >= {"log": 2, "counters": 45, "waiting": 30}.items()
     assert {name.partition(" ")[0] for name in found.vitals["quiet"]} == {*WORK, *LOAD, "waiting"}
-    assert set(found.vitals) == {"at", "nodes", "quiet", "silent", "before"}
+    assert set(found.vitals) == {"at", "nodes", "quiet", "silent", "before", "floor"} and found.vitals["floor"] == 5
     assert not list(tmp_path.glob("*.new"))
 
 
 def test_a_node_that_does_not_answer_is_said_once(recorded):
-    """Each silence of a node is one line. The other node stays guarded, and the silent node is guarded again later."""
-    silent = {BOTH[0]: node(), BOTH[1]: None}
-    found = recorded(silent, silent, two(), silent, {BOTH[0]: node(available=GIB), BOTH[1]: None})
-    assert found.said.count("10.0.0.2 does not answer; its memory is not watched") == 2
-    assert found.ended == [SERVER] and found.vitals["nodes"][BOTH[1]] is None
+    """Each silence of a node is one line, and its length is kept."""
+    found = recorded(ONE, ONE, two(), ONE, ONE)
+    assert found.said.count("recorder: 10.0.0.2 does not answer; its memory is unknown") == 2
+    assert found.ended == [] and found.vitals["nodes"][BOTH[1]] is None
     assert found.vitals["silent"] == {BOTH[1]: 1}
 
 
@@ -595,8 +651,8 @@ def test_the_lowest_memory_outlives_a_recorder(recorded, tmp_path):
 
 def test_nodes_that_do_not_answer_end_nothing(recorded):
     """Unknown memory does not end the server, and the lowest memory stays as it was."""
-    found = recorded(two(available=5 * GIB), dict.fromkeys(BOTH), dict.fromkeys(BOTH))
-    assert (found.ended, found.looks) == ([], 3) and vars(found)["memory-low"][BOTH[1]] == 5 * GIB
+    found = recorded(two(available=5 * GIB), *[dict.fromkeys(BOTH)] * 9, seconds=3)
+    assert (found.ended, found.looks) == ([], 10) and vars(found)["memory-low"][BOTH[1]] == 5 * GIB
 
 
 def full(*_, **__):
@@ -605,21 +661,21 @@ def full(*_, **__):
 
 
 @pytest.mark.parametrize("saying", [True, False], ids=["the log has room", "the log is full, too"])
-def test_a_full_disk_does_not_end_the_guard(saying, recorded, recorder, monkeypatch):
-    """The memory is guarded even if nothing can be written, because the server's log may fill the disk."""
+def test_a_full_disk_does_not_end_the_recorder(saying, recorded, recorder, monkeypatch):
+    """The server is ended even if nothing can be written, because the server's log may fill the disk."""
     monkeypatch.setattr(recorder.os, "replace", full)
     if not saying:
         monkeypatch.setattr(recorder, "print", full, raising=False)
-    found = recorded(two(), {BOTH[0]: node(), BOTH[1]: None}, two(available=GIB), two())
+    found = recorded(two(), ONE, two(**killed(1)), two())
     assert (found.ended, found.looks) == ([SERVER], 3)
-    assert found.said.endswith("ending the server\n") if saying else not found.said
+    assert found.said.endswith("the server ends, because 10.0.0.2 had 3.9 GiB\n") if saying else not found.said
 
 
-def test_memory_is_looked_at_before_anything_is_written(recorded, recorder, monkeypatch):
-    """The guard ends the server before the recorder writes, because a write to the disk may hang."""
+def test_memory_is_judged_before_anything_is_written(recorded, recorder, monkeypatch):
+    """The recorder ends the server before it writes, because a write to the disk may hang."""
     order = []
     monkeypatch.setattr(recorder, "keep", lambda file, _: order.append(Path(file).stem))
-    monkeypatch.setattr(recorder, "guard_memory", lambda *_: order.append("memory"))
+    monkeypatch.setattr(recorder, "shortage", lambda *_: order.append("memory"))
     recorded(two(), two())
     assert order == ["memory", "memory-low", "vitals"] * 2
 
@@ -638,10 +694,6 @@ def test_a_server_that_ends_in_order_is_left_alone(recorded, recorder, monkeypat
     monkeypatch.setattr(recorder.psutil, "pid_exists", lambda _: next(seen))
     found = recorded(*[two()] * 5)
     assert (found.ended, found.looks) == ([], 5)
-
-
-RANK, FREE = {"available": 2 * GIB}, {"ranks": 0}
-BEFORE = dict.fromkeys(BOTH, 20 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -682,7 +734,7 @@ def test_the_memory_before_the_launch_outlives_a_recorder(recorded, tmp_path):
 def test_each_line_of_memory_is_json(recorder, monkeypatch, capsys):
     """`inv memory` reads a line for each look. The script ends when its standard input is closed."""
     monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
-    monkeypatch.setattr(recorder, "ask", lambda *_: {BOTH[0]: 7, BOTH[1]: None})
+    monkeypatch.setattr(recorder, "ask", lambda *_: {BOTH[0]: LINE | {"available": 7}, BOTH[1]: None})
     waits = iter([[], [sys.stdin]])
     monkeypatch.setattr(recorder.select, "select", lambda *_: (next(waits), [], []))
     recorder.print_memory(2.0)

@@ -32,7 +32,7 @@ HOSTILE = "a 'b' \"c\" $(touch x) `touch x`; * # \\ {{ 1 }} é"
 
 def _wrapper(out: str) -> str:
     start = out.rindex("docker run \\\n")
-    return out[start : out.index(" \\\n  -c 'exec", start)]
+    return out[start : out.index(" \\\n  /opt/inside/start.sh", start)]
 
 
 def _exported(out: str) -> dict[str, str]:
@@ -142,6 +142,7 @@ def test_what_the_containers_get_by_name(both):
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1800",
         "RAY_CGRAPH_get_timeout": "1800",
         "VLLM_ENGINE_READY_TIMEOUT_S": "1800",
+        "MEM_ABORT_GIB": "6",
         "VLLM_NVFP4_GEMM_BACKEND": "marlin",
         "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
         "VLLM_USE_FLASHINFER_MOE_FP4": "0",

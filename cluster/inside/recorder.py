@@ -1,9 +1,10 @@
 """Watch every node from the head's container: recorder.py PID_FILE FOLDER URL GIB.
 
-The recorder looks each second, until the server and its ranks have ended. If a node has less than GIB available (0:
-never) the recorder ends the server, because unified memory that runs out hangs the whole machine. FOLDER gets these
-files: vitals.json has the last look, and for how long each thing has not moved; memory-low.json has each node's lowest
-memory; ended.json has why the recorder has ended the server; left.txt has what a server has left on the nodes.
+The recorder looks each second, until the server and its ranks have ended. The memory of a node is what memory_guard.py
+there has written. The recorder ends the server when a guard has killed ranks, and when a node that had less than GIB
+available falls silent, because a node without memory does not answer. FOLDER gets these files: vitals.json has the last
+look, and for how long each thing has not moved; memory-low.json has each node's lowest memory; ended.json has why the
+server was ended; left.txt has what a server has left on the nodes.
 
 `recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
 """
@@ -29,6 +30,7 @@ GIB = 2**30
 # An idle rank stays below these: a share of one processor, percent of a GPU, bytes of memory.
 BUSY_CPU, BUSY_GPU, MOVED_BYTES = 0.1, 5, 64 * 2**20
 CPU_S, GPU_S, METRICS_S = 4, 5, 15
+GUARD, STALE_S, SILENT_S = "/dev/shm/node-memory.json", 2, 10
 MOVING = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:kv_cache_usage", "vllm:gpu_cache_usage")
 # A server that ends in order has no process left after its first one. An OOM killer ends the first one alone.
 GONE_S = 2
@@ -65,15 +67,19 @@ class Gauge:
         # A thread, because a driver that hangs must not stop the looks at the memory.
         threading.Thread(target=self.follow_gpu, daemon=True).start()
 
-    def available(self):
-        return psutil.virtual_memory().available
+    def memory(self):
+        """Return what this node's memory guard wrote last. Raises if that is old, because it is then unknown."""
+        with open(GUARD) as opened:
+            told = json.load(opened)
+        if abs(time.time() - told["at"]) > STALE_S:
+            raise TimeoutError(f"the memory guard has written nothing for {STALE_S} s")
+        return told
 
     def look(self):
         # A rank's class in vLLM is RayWorkerWrapper (the older) or RayWorkerProc, and Ray names the process after it.
         ranks, seconds = processor_time(lambda _, name: name.startswith("ray::RayWorker"))
         links = psutil.net_if_stats()
-        return {
-            "available": self.available(),
+        return self.memory() | {
             "ranks": ranks,
             "cpu": seconds,
             "gpu": self.gpu,
@@ -93,7 +99,7 @@ def start_gauges():
     """Start a gauge on every node; return the gauges by address. Ray restarts a gauge that has died."""
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Gauge)
     gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
-    ask(gauges, "available", 30)  # the start of their processes takes longer than a look
+    ask(gauges, "memory", 30)  # the start of their processes takes longer than a look
     return gauges
 
 
@@ -204,8 +210,8 @@ def end(group, folder, by, why):
 
 
 def say(text):
-    with contextlib.suppress(OSError):  # a full disk must not end the memory guard
-        print(f"memory guard: {text}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not end the recorder
+        print(f"recorder: {text}", flush=True)
 
 
 def keep(file, value):
@@ -215,12 +221,18 @@ def keep(file, value):
         os.replace(f"{file}.new", file)
 
 
-def guard_memory(nodes, least, server, folder):
+def shortage(nodes, last, floor, age):
+    """Return why the server must be ended for want of memory; None if it need not be.
+
+    last: for each node the time of its last answer, and the bytes that it then had. age: the server's, in seconds. A
+    guard that killed before that killed ranks of an earlier server.
+    """
     for address, node in nodes.items():
-        if node and (free := node["available"] / GIB) < least:
-            say(f"{address} has {free:.1f} GiB left, less than MEM_ABORT_GIB ({least:g}): ending the server")
-            why = f"ended by the memory guard: {address} had {free:.1f} GiB"
-            return end(server, folder, "memory guard", why)
+        if node and node["killed"] and node["at"] - node["killed"]["at"] < age:
+            return f"{address} had {node['killed']['available'] / GIB:.1f} GiB"
+        since, available = last.get(address, (0, floor))
+        if not node and available < floor and time.monotonic() - since >= SILENT_S:
+            return f"{address} had {available / GIB:.1f} GiB, and then did not answer for {SILENT_S} s"
 
 
 class Ending:
@@ -252,23 +264,26 @@ def left_on(node, had, address):
     return None
 
 
-def record(pid_file, folder, url, least):
+def record(pid_file, folder, url, floor):
     with open(pid_file) as opened:
         server = int(opened.read())  # also the id of its process group
-    lows, silent = {}, {}
+    began = os.path.getmtime(pid_file)
+    lows, last, silent = {}, {}, {}
     with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory-low.json") as opened:
         lows = json.load(opened)  # by an earlier recorder of the same server
     still, counters, gauges = Stillness(), Counters(url), start_gauges()
-    before = {address: free for address, free in ask(gauges, "available").items() if free}
+    before = {address: told["available"] for address, told in ask(gauges, "memory").items() if told}
     with contextlib.suppress(OSError, ValueError), open(f"{folder}/vitals.json") as opened:
         before |= json.load(opened)["before"]  # by an earlier recorder, when the ranks had no memory yet
-    ending, nodes, whole = Ending(before, folder), {}, time.monotonic()
-    limit = f"the server is ended below {least:g} GiB (MEM_ABORT_GIB)" if least else "MEM_ABORT_GIB is 0: it only looks"
-    say(f"watching {', '.join(sorted(gauges))}; {limit}")
+    ending, nodes, whole, short = Ending(before, folder), {}, time.monotonic(), None
+    say(f"watching {', '.join(sorted(gauges))}")
     while (alive := runs(server)) or ending.lasts(nodes):
         nodes, now = ask(gauges, "look"), time.monotonic()
-        if alive:
-            guard_memory(nodes, least, server, folder)  # before anything is written: a disk may hang
+        # Also after the end, which a guard may have caused; and before anything is written, because a disk may hang.
+        if not short and (short := shortage(nodes, last if alive else {}, floor * GIB, time.time() - began)):
+            say(f"the server ends, because {short}")
+            end(server, folder, "memory guard", f"ended by the memory guard: {short}")
+            alive = False
         if not alive or psutil.pid_exists(server):
             whole = now
         elif now - whole >= GONE_S:
@@ -277,23 +292,25 @@ def record(pid_file, folder, url, least):
         for address, node in nodes.items():
             if node:
                 silent.pop(address, None)
-                lows[address] = min(node["available"], lows.get(address, node["available"]))
+                last[address] = now, node["lowest"]
+                lows[address] = min(node["lowest"], lows.get(address, node["lowest"]))
             elif address not in silent:
                 silent[address] = now
-                say(f"{address} does not answer; its memory is not watched")
+                say(f"{address} does not answer; its memory is unknown")
         still.note(nodes, server, f"{folder}/serve.log")
         keep(f"{folder}/memory-low.json", lows)
         quiet = still.seconds() | counters.seconds()
         silence = {address: now - since for address, since in silent.items()}
-        vitals = {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence, "before": before}
-        keep(f"{folder}/vitals.json", vitals)
+        told = {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence, "before": before, "floor": floor}
+        keep(f"{folder}/vitals.json", told)
         time.sleep(1)
 
 
 def print_memory(pause):
     gauges = start_gauges()
     while True:
-        print(json.dumps(ask(gauges, "available")), flush=True)
+        told = {address: node and node["available"] for address, node in ask(gauges, "memory").items()}
+        print(json.dumps(told), flush=True)
         if select.select([sys.stdin], [], [], pause)[0]:  # standard input was closed
             return
 
@@ -302,5 +319,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--print":
         print_memory(float(sys.argv[2]))
     else:
-        pid_file, folder, url, least = sys.argv[1:]
-        record(pid_file, folder, url, float(least))
+        pid_file, folder, url, floor = sys.argv[1:]
+        record(pid_file, folder, url, float(floor))
