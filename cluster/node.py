@@ -170,8 +170,7 @@ def _commands(role: str, settings: Settings, net: Network, detached: bool = Fals
     )
     env["NODE_RAY_WRAPPER"], env["NODE_RAY_WRAPPER_SHA256"] = fingerprint(wrapper, mounted)
     env["NODE_RAY_REPOSITORY"] = repository_digest()
-    values = {"start": f"{INSIDE}/start.sh", "address": net.address, "ray_port": RAY_PORT}
-    ray = render(f"ray_{role}.j2", **values, **settings.public())
+    ray = render(f"ray_{role}.j2", inside=INSIDE, address=net.address, ray_port=RAY_PORT, **settings.public())
     make_folders = render("cache_folders.j2", folders=list(dict.fromkeys(folders.values())))
     log = node_log(settings) if detached else None
     start = Command(wrapper + ray, where, env, asks=asks, log=log)

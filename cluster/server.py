@@ -125,7 +125,7 @@ def start_command(settings: ModelSettings) -> Command:
 def recorder_command(settings: Settings) -> Command:
     """Start the recorder beside the server. The recorder watches every node."""
     api = api_url(settings["HOST"], settings["PORT"])
-    return Command(_exec("record", words=[api, settings["MEM_FLOOR_GIB"]]), "head")
+    return Command(_exec("record", words=[api, settings["MEM_FLOOR_GIB"], settings["DROP_CACHE"] or "0"]), "head")
 
 
 def follow_command() -> Command:

@@ -137,6 +137,7 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "MEM_WARN_GIB": ("12", GIB),
     "MEM_FLOOR_GIB": ("5", GIB),
     "MEM_ABORT_GIB": ("4", GIB),
+    "DROP_CACHE": ("1", GATE),
     "STALL_S": ("600", PATIENCE),
     "HANG_S": ("300", PATIENCE),
     "WATCH_INTERVAL_S": ("30", PATIENCE),

@@ -19,7 +19,7 @@ FETCH = (
 )
 PLUGIN = f"--reasoning-parser-plugin {PARSERS}/{{}}/{{}}/super_v3_reasoning_parser.py"
 NO_PARSER = ("- " + PLUGIN.format(SUPER, "main"), "- --reasoning-parser super_v3")
-RECORDER = "node-ray /bin/bash /opt/inside/serve.sh record {} 8"
+RECORDER = "node-ray /bin/bash /opt/inside/serve.sh record {} 8 1"
 
 CHANGES = [
     (

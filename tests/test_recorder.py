@@ -1,9 +1,11 @@
 """The recorder beside the server: it sees what moves on every node, and ends a server of which a guard killed ranks."""
 
+import ctypes
 import http.client
 import importlib
 import io
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -59,7 +61,7 @@ class Psutil(ModuleType):
 
     def process_iter(self, attrs):
         """Return the processes, as psutil does; one that ends meanwhile is left out by psutil itself."""
-        assert set(attrs) == {"name", "ppid", "cpu_times"}
+        assert {"name"} <= {*attrs} <= {"name", "ppid", "cpu_times"}
         return [SimpleNamespace(pid=pid, info=info) for pid, info in self.processes.items()]
 
     def pid_exists(self, pid):
@@ -346,6 +348,66 @@ def test_a_node_that_does_not_answer_is_none(recorder, monkeypatch):
     assert waited == [([late, 5], {"num_returns": 2, "timeout": 3})]
 
 
+def cached(file):
+    """How many pages of a file are in the page cache, by mincore(2)."""
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        pages, place = (ctypes.c_ubyte * (len(mapped) // mmap.PAGESIZE))(), ctypes.c_char.from_buffer(mapped)
+        mincore = ctypes.CDLL(None).mincore
+        mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        assert mincore(ctypes.addressof(place), len(mapped), pages) == 0
+        del place
+    return sum(page & 1 for page in pages)
+
+
+@pytest.fixture(params=["a folder", "Hugging Face"])
+def shards(request, recorder, tmp_path, monkeypatch):
+    """Three shards of the model a/model in the page cache, of 64 pages each; returns the model and the files."""
+    hub = tmp_path / "hub/models--a--model/snapshots/abc"
+    hub.mkdir(parents=True)
+    monkeypatch.setattr(recorder, "HUB", str(tmp_path / "hub"))
+    files = [tmp_path / f"model-{number}.safetensors" for number in (1, 2, 3)]
+    for file in [*files, tmp_path / "other"]:
+        file.write_bytes(os.urandom(64 * mmap.PAGESIZE))
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())  # only a page that is on the disk can be dropped
+            if file.name == "other":
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        (hub / file.name).symlink_to(file)
+    if cached(tmp_path / "other"):
+        pytest.skip("the disk of this folder is the memory")
+    return str(tmp_path) if request.param == "a folder" else "a/model", files
+
+
+def test_shards_that_were_read_leave_the_page_cache(shards, recorder):
+    """A shard in use and a shard that is still to be read stay. This process is the rank here."""
+    model, files = shards
+    recorder.psutil.add(os.getpid(), "ray::RayWorkerP", 0)
+    gauge = recorder.Gauge()
+    gauge.evict(model)
+    assert [cached(file) for file in files] == [64, 64, 64]
+    with files[1].open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+    gauge.evict(model)
+    assert [cached(file) for file in files] == [0, 64, 64]
+    mapped.close()
+    with files[2].open("rb"):
+        gauge.evict(model)
+    assert [cached(file) for file in files] == [0, 0, 64]
+    gauge.evict(model)
+    assert [cached(file) for file in files] == [0, 0, 0]
+
+
+def test_without_a_view_of_a_ranks_files_nothing_is_evicted(shards, recorder):
+    """A shard that cannot be seen to be unused may be in use."""
+    model, files = shards
+    recorder.psutil.add(10**9, "ray::RayWorkerP", 0)
+    gauge = recorder.Gauge()
+    gauge.last = 2
+    with pytest.raises(FileNotFoundError):
+        gauge.evict(model)
+    assert [cached(file) for file in files] == [64, 64, 64]
+
+
 # --- The API's counters ----------------------------------------------------------------------------------------------
 
 
@@ -548,7 +610,7 @@ def recorded(recorder, clock, monkeypatch, tmp_path, capsys):
     os.utime(tmp_path / "pid", times=(clock.time() - 100,) * 2)
     ended = []
 
-    def record(*looks, floor=5.0, seconds=0, after=(), before=None):
+    def record(*looks, floor=5.0, seconds=0, after=(), before=None, drop=False, api=None, gauges=None):
         """`after`: looks after the server's end. `before`: what each node had before the launch."""
         left, told = list(looks), []
         gone, lines = list(after), {at: free and {"available": free} for at, free in (before or {}).items()}
@@ -557,14 +619,13 @@ def recorded(recorder, clock, monkeypatch, tmp_path, capsys):
             clock.sleep(seconds)
             return (left or gone).pop(0) if method == "look" else lines
 
-        monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
-
+        monkeypatch.setattr(recorder, "start_gauges", lambda: gauges or dict.fromkeys(BOTH))
         monkeypatch.setattr(recorder, "ask", ask)
-        counters = SimpleNamespace(seconds=lambda: {"counters": 45, "waiting": 30})
+        counters = SimpleNamespace(seconds=lambda: {"counters": 45, "waiting": 30}, lines=api)
         monkeypatch.setattr(recorder, "Counters", lambda _: counters)
         monkeypatch.setattr(recorder, "runs", lambda group: group == SERVER and bool(left) and not ended)
         monkeypatch.setattr(recorder, "end", lambda group, *why: ended.append(group) or told.extend(why))
-        recorder.record(str(tmp_path / "pid"), str(tmp_path), "http://head", floor)
+        recorder.record(str(tmp_path / "pid"), str(tmp_path), "http://head", floor, drop)
         kept = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         said = capsys.readouterr().out
         return SimpleNamespace(
@@ -653,6 +714,20 @@ def test_nodes_that_do_not_answer_end_nothing(recorded):
     """Unknown memory does not end the server, and the lowest memory stays as it was."""
     found = recorded(two(available=5 * GIB), *[dict.fromkeys(BOTH)] * 9, seconds=3)
     assert (found.ended, found.looks) == ([], 10) and vars(found)["memory-low"][BOTH[1]] == 5 * GIB
+
+
+@pytest.mark.parametrize(("loads", "times"), [({}, 2), ({"api": []}, 0), ({"drop": False}, 0)])
+def test_a_node_with_few_free_pages_evicts_while_the_model_loads(
+    loads, times, recorded, recorder, monkeypatch, tmp_path
+):
+    """A node is asked again when it has answered. Nothing is evicted for a server that answers, or without DROP."""
+    (tmp_path / "pid.words").write_text("vllm\nserve\na/model\n--port\n8000\n")
+    looks = [two(free=free * GIB) | {BOTH[0]: node(free=8 * GIB)} for free in (8, 7, 7, 7)]
+    asked, done = [], iter([[], ["answer"]])
+    gauge = SimpleNamespace(evict=SimpleNamespace(remote=asked.append))
+    monkeypatch.setattr(recorder, "ray", SimpleNamespace(wait=lambda *_, **__: (next(done), [])))
+    recorded(*looks, gauges={BOTH[1]: gauge}, **{"drop": True} | loads)
+    assert asked == ["a/model"] * times
 
 
 def full(*_, **__):

@@ -1,10 +1,11 @@
-"""Watch every node from the head's container: recorder.py PID_FILE FOLDER URL GIB.
+"""Watch every node from the head's container: recorder.py PID_FILE FOLDER URL GIB DROP.
 
 The recorder looks each second, until the server and its ranks have ended. The memory of a node is what memory_guard.py
 there has written. The recorder ends the server when a guard has killed ranks, and when a node that had less than GIB
 available falls silent, because a node without memory does not answer. FOLDER gets these files: vitals.json has the last
 look, and for how long each thing has not moved; memory-low.json has each node's lowest memory; ended.json has why the
-server was ended; left.txt has what a server has left on the nodes.
+server was ended; left.txt has what a server has left on the nodes. If DROP is 1, weights that the ranks have read leave
+the page cache while the model loads.
 
 `recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
 """
@@ -31,6 +32,10 @@ GIB = 2**30
 BUSY_CPU, BUSY_GPU, MOVED_BYTES = 0.1, 5, 64 * 2**20
 CPU_S, GPU_S, METRICS_S = 4, 5, 15
 GUARD, STALE_S, SILENT_S = "/dev/shm/node-memory.json", 2, 10
+# The CUDA driver of a GB10 takes free pages. Below so many bytes it failed, or a load slowed down twentyfold, although
+# the page cache would have been given back.
+FREE_BYTES = 8 * GIB
+HUB = os.path.expanduser("~/.cache/huggingface/hub")
 MOVING = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:kv_cache_usage", "vllm:gpu_cache_usage")
 # A server that ends in order has no process left after its first one. An OOM killer ends the first one alone.
 GONE_S = 2
@@ -63,7 +68,7 @@ class Gauge:
         for hca in filter(None, os.environ.get("NCCL_IB_HCA", "").split(",")):
             names += [os.path.basename(path) for path in glob.glob(f"/sys/class/infiniband/{hca}/device/net/*")]
         self.interfaces = sorted(set(names) - {""})
-        self.gpu = None
+        self.gpu, self.last = None, -1  # the last shard that a rank was seen to read
         # A thread, because a driver that hangs must not stop the looks at the memory.
         threading.Thread(target=self.follow_gpu, daemon=True).start()
 
@@ -86,6 +91,22 @@ class Gauge:
             "down": [name for name in self.interfaces if name not in links or not links[name].isup],
         }
 
+    def evict(self, model):
+        """Drop from the page cache the shards of the model that the ranks here have read. vLLM reads them by name.
+
+        Raises OSError if the files of a rank cannot be seen, because a shard that is being read must stay.
+        """
+        names = glob.glob(f"{model}/*.safetensors")
+        names += glob.glob(f"{HUB}/models--{model.replace('/', '--')}/snapshots/*/*.safetensors")
+        shards, used = [os.path.realpath(name) for name in sorted(names)], set()
+        for one in psutil.process_iter(["name"]):
+            if one.info["name"].startswith("ray::RayWorker"):
+                used |= files_in_use(f"/proc/{one.pid}")
+        self.last = max([self.last, *(number for number, shard in enumerate(shards) if shard in used)])
+        for shard in {*shards[: self.last + 1]} - used:
+            with open(shard, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def follow_gpu(self):
         words = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
         while True:
@@ -95,9 +116,17 @@ class Gauge:
             time.sleep(GPU_S)
 
 
+def files_in_use(process):
+    """Return the paths of the files that a process has open or mapped."""
+    with open(f"{process}/maps") as lines:
+        mapped = {"/" + line.rstrip("\n").partition("/")[2] for line in lines}
+    return mapped | {os.path.realpath(name) for name in glob.glob(f"{process}/fd/*")}
+
+
 def start_gauges():
     """Start a gauge on every node; return the gauges by address. Ray restarts a gauge that has died."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(Gauge)
+    # Two threads, because an eviction may take longer than a look.
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=2)(Gauge)
     gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
     ask(gauges, "memory", 30)  # the start of their processes takes longer than a look
     return gauges
@@ -264,11 +293,21 @@ def left_on(node, had, address):
     return None
 
 
-def record(pid_file, folder, url, floor):
+def evict(gauges, nodes, model, asked):
+    """Ask each node with few free pages to evict. asked: the last question to each node, which may be under way."""
+    for address, node in nodes.items():
+        under_way = address in asked and not ray.wait([asked[address]], timeout=0)[0]
+        if node and node["free"] < FREE_BYTES and not under_way:
+            asked[address] = gauges[address].evict.remote(model)
+
+
+def record(pid_file, folder, url, floor, drop):
     with open(pid_file) as opened:
         server = int(opened.read())  # also the id of its process group
     began = os.path.getmtime(pid_file)
-    lows, last, silent = {}, {}, {}
+    lows, last, silent, evicting, model = {}, {}, {}, {}, None
+    with contextlib.suppress(OSError), open(f"{pid_file.removesuffix('.pid')}.words") as opened:
+        model = opened.read().splitlines()[2]  # vllm serve MODEL; a server that is being stopped has no words
     with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory-low.json") as opened:
         lows = json.load(opened)  # by an earlier recorder of the same server
     still, counters, gauges = Stillness(), Counters(url), start_gauges()
@@ -303,6 +342,8 @@ def record(pid_file, folder, url, floor):
         silence = {address: now - since for address, since in silent.items()}
         told = {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence, "before": before, "floor": floor}
         keep(f"{folder}/vitals.json", told)
+        if drop and model and alive and counters.lines is None:  # the API does not answer yet, so the model loads
+            evict(gauges, nodes, model, evicting)
         time.sleep(1)
 
 
@@ -319,5 +360,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--print":
         print_memory(float(sys.argv[2]))
     else:
-        pid_file, folder, url, floor = sys.argv[1:]
-        record(pid_file, folder, url, float(floor))
+        pid_file, folder, url, floor, drop = sys.argv[1:]
+        record(pid_file, folder, url, float(floor), drop == "1")
