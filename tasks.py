@@ -12,12 +12,12 @@ from functools import partial
 from invoke import Collection, Context, Exit, Task, task
 
 from cluster import cleanup as leftovers
-from cluster import guards, image, node, server
+from cluster import guards, image, node, options, server
 from cluster import plan as planned
 from cluster import token as tokens
 from cluster.command import Command, become, run, say, show, tell
 from cluster.models import Model, find_model, known_models
-from cluster.notes import operator_notes, overridden
+from cluster.notes import SaidTask, operator_notes, overridden
 from cluster.repository import check_repository
 from cluster.settings import ModelSettings, Settings, load_settings
 
@@ -26,7 +26,7 @@ gc.freeze()
 Value = str | None  # of a flag that was given, or was not
 
 # Every argument is a flag. With positional arguments Invoke would take the next word, even --help, for a value.
-verb = partial(task, auto_shortflags=False, positional=[])
+verb = partial(task, klass=SaidTask, auto_shortflags=False, positional=[])
 
 # The rehearsal's model has no task of its own, because nobody with two Sparks wants one.
 LISTED = [model for model in known_models().values() if model.folder != "rehearsal"]
@@ -294,7 +294,7 @@ def _model_settings(name: Value, max_len: Value, task: str = "launch", **own: Va
     settings = _settings(name, MAX_MODEL_LEN=max_len)
     assert isinstance(settings, ModelSettings)
     words = [word for flag, value in own.items() if value for word in (f"--{flag}", value) if isinstance(word, str)]
-    return replace(settings, typed=(task, *words))
+    return replace(options.uncontradicted(settings), typed=(task, *words))
 
 
 def _launcher(model: Model) -> Task:

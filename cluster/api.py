@@ -75,10 +75,11 @@ def ask_api(url: str, key: str | None = None, body: dict | None = None, seconds:
             answers.append(replace(answers[-1], connected=True))
             connection.request("POST" if body else "GET", parts.path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
-            text = answer.read(_MOST)
-            if answer.length:  # the answer broke off, or is too long
-                raise http.client.IncompleteRead(text, answer.length)
-            answers.append(Answer(answer.status, text.decode(errors="replace"), time.monotonic() - start))
+            text = bytearray(_MOST)  # of a chunk of size -1, read() would read everything
+            size = answer.readinto(text)
+            if answer.length or size == _MOST:  # the answer broke off, or is too long
+                raise http.client.IncompleteRead(bytes(text[:size]), answer.length)
+            answers.append(Answer(answer.status, text[:size].decode(errors="replace"), time.monotonic() - start))
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: such as a chunk of size -5
             why, silent = str(error) or type(error).__name__, isinstance(error, TimeoutError)
             answers.append(Answer(None, why, time.monotonic() - start, silent, error, answers[-1].connected))
@@ -103,8 +104,8 @@ def generate_token(url: str, key: str | None, seconds: float = 3) -> Answer:
         try:
             body = {"model": json.loads(answer.text)["data"][0]["id"], "prompt": "1", "max_tokens": 1}
             answer = ask_api(f"{url}/v1/completions", key, body, max(0.1, start + seconds - time.monotonic()))
-            _ = answer.well and json.loads(answer.text)["choices"][0]  # an answer without a choice has no token
-        except (ValueError, LookupError, TypeError):
+            _ = answer.well and json.loads(answer.text)["choices"][0]["text"]  # an answer without a choice has no token
+        except (ValueError, LookupError, TypeError, RecursionError):
             answer = replace(answer, status=502, text=f"No model or no token in the answer: {answer.text}")
     return replace(answer, text=_harmless(answer.text, key), seconds=time.monotonic() - start)
 
@@ -124,5 +125,5 @@ def _harmless(text: str, key: str | None) -> str:
     """Return the printable characters of text; an error page may wrap or escape the key."""
     text = "".join(filter(str.isprintable, text))
     for form in {key, json.dumps(key)[1:-1], html.escape(key), quote(key, safe="")} if key else ():
-        text = text.replace(form, "(the key)")
+        text = re.sub(re.escape(form), "(the key)", text, flags=re.IGNORECASE)
     return text

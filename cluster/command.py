@@ -5,6 +5,7 @@ A command that cannot be started or that fails raises Exit.
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -42,7 +43,7 @@ TooLate = subprocess.TimeoutExpired
 def printable(text: str) -> str:
     """Return the text unchanged. Raise ValueError for control and invisible characters, and for undecodable bytes."""
     if not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in text):
-        raise ValueError(text)
+        raise ValueError(f"{text!r} has a control character")
     return text
 
 
@@ -81,16 +82,21 @@ def _split(line: str) -> tuple[str, ...]:
 def template_names(name: str) -> frozenset[str]:
     """Return the names in capitals that a template uses, also through a template that it extends or includes."""
     environment = _templates()
-    try:
-        environment.get_template(name)  # finds also an unknown filter
-        source = environment.loader.get_source(environment, name)[0]  # type: ignore[union-attr]  # _templates sets it
-        tree = environment.parse(source)
-    except TemplateSyntaxError as error:
-        raise Exit(f"{error.name or name}, line {error.lineno}, is no template: {error.message}") from None
-    except (TemplateNotFound, OSError, UnicodeDecodeError) as error:
-        raise Exit(f"The template {name} cannot be read: {error}") from None
+    environment.get_template(name)  # finds also an unknown filter
+    source, file, _ = environment.loader.get_source(environment, name)  # type: ignore[union-attr]  # _templates sets it
+    for line, kind, text in environment.lex(source):
+        if kind == "data" and (found := re.match(r"""([^'"\\]*)(['"\\])""", text)):
+            why = f"no {found[2]} may stand outside of {{{{ }}}}, because each value is quoted already"
+            raise TemplateSyntaxError(why, line + found[1].count("\n"), filename=file)
+    tree = environment.parse(source)
     used = {word for word in meta.find_undeclared_variables(tree) if word.isupper()}
-    return frozenset(used.union(*(template_names(parent) for parent in meta.find_referenced_templates(tree) if parent)))
+    for parent in filter(None, meta.find_referenced_templates(tree)):
+        try:
+            used |= template_names(parent)
+        except (TemplateNotFound, RecursionError):
+            line = source[: source.find(parent)].count("\n") + 1
+            raise TemplateSyntaxError(f"{parent} is missing, or extends itself", line, filename=file) from None
+    return frozenset(used)
 
 
 def words_of(lines: Lines) -> list[str]:
@@ -294,16 +300,11 @@ def detach(command: Command) -> tuple[Child, int]:
     say(command.text)
     log = command.log
     assert log is not None
-    try:
-        if log.exists() and log.stat().st_size > LOG_BYTES:
-            log.replace(f"{log}.1")
-        with log.open("a") as file:
-            begun = file.tell()
-            return _start(command, stdout=file, stderr=file, start_new_session=True), begun
-    except OSError as error:
-        raise Exit(
-            f"{log} cannot be written: {error.strerror}. Type: ls -ld {log.parent}; df -h {log.parent}"
-        ) from None
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.replace(f"{log}.1")
+    with log.open("a") as file:
+        begun = file.tell()
+        return _start(command, stdout=file, stderr=file, start_new_session=True), begun
 
 
 def answers(command: Command) -> dict[str, str]:

@@ -277,11 +277,11 @@ def waited_in_vain(file: Path, silent: bool, hang: float) -> float:
     of `hang` seconds apart say nothing of the time between them, so the count begins anew.
     """
     now = time.time()
-    since, last = kept_json(file) or (0, 0)
+    since, last = (kept_json(file, "since", "last") or {"since": 0, "last": 0}).values()
     if not silent or not since <= last <= now <= last + hang / 2:
         since = now
     try:
-        keep_json(file, [since, now if silent else 0])
+        keep_json(file, {"since": since, "last": now if silent else 0})
     except OSError:
         return 0  # a count that cannot be kept must not call a server hung
     return now - since

@@ -112,12 +112,11 @@ def read_values(file: Path) -> dict[str, str]:
 
     Raises Exit with the number of a line that is no NAME=value. The text of the line may be a secret.
     """
-    try:
-        with file.open(encoding="utf-8") as stream:
-            bindings = list(parse_stream(stream))
-    except (OSError, UnicodeDecodeError) as error:
-        raise Exit(f"{file_label(file)} cannot be read: {error}") from None
+    with file.open(encoding="utf-8", errors="surrogateescape") as stream:  # no setting takes an undecodable byte
+        bindings = list(parse_stream(stream))
     for binding in bindings:
-        if binding.error or (binding.key and (binding.value is None or not binding.key.isprintable())):
+        # The second line of a key in base64 may have + and /, and ends in =. A backslash does not join two lines.
+        value = binding.value if re.fullmatch(r"[A-Za-z_]\w*", binding.key or "_", re.ASCII) else None
+        if binding.error or (binding.key and (value in (None, "=") or value.endswith("\\"))):
             raise Exit(f"{file_label(file)}, line {binding.original.line}: expected NAME=value.")
     return {binding.key: binding.value or "" for binding in bindings if binding.key}

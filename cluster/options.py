@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,7 +63,7 @@ def known_options(head: Container, settings: ModelSettings) -> Known:
     vLLM needs half a minute to answer. Raises Exit if it does not.
     """
     kept = log_folder(settings) / f"options-{head.image.id.removeprefix('sha256:')[:12]}.json"
-    if told := kept_json(kept):
+    if told := kept_json(kept, "vllm", "options"):
         return Known(**told)
     try:
         known = ask_inside(head, 20, _read_known, "cat", BUILT_IN)
@@ -154,6 +155,27 @@ def gated(
     return settings, said, findings
 
 
+def uncontradicted(settings: ModelSettings) -> ModelSettings:
+    """Return the settings. Raise Exit if SERVE_EXTRA has an option of a knob: recorder and checks go by the knob."""
+    plain = settings.emptied(["SERVE_EXTRA"], "a trial")
+    for extra, _ in given_options(shlex.split(settings["SERVE_EXTRA"])):
+        written = dict(given_options(serve_words(plain)))
+        # `--no-x` is --x, `--x.y` is a part of --x, and `-tp` is --tensor-parallel-size.
+        long = {"-" + "".join(part[:1] for part in name[2:].removesuffix("-size").split("-")): name for name in written}
+        option = extra.partition(".")[0].replace("--no-", "--", 1)
+        option = long.get(option, option)
+        for knob, words in _lines_without(plain).items():
+            if dict(given_options(words)).get(option) != written.get(option):
+                raise Exit(f"SERVE_EXTRA has {extra}, which {knob} writes. Take it out of SERVE_EXTRA, and set {knob}.")
+    return settings
+
+
+def _lines_without(settings: ModelSettings) -> dict[str, list[str]]:
+    """Return the server's line without each knob that is set. In this order ENABLE_X comes behind X."""
+    knobs = sorted(filter(settings.get, settings.model.knobs - {"SERVE_EXTRA"}), reverse=True)
+    return {knob: serve_words(settings.emptied([knob], "a trial")) for knob in knobs}
+
+
 def _off(knob: str) -> str:
     """Return the value that drops a knob's words: 0 for ENABLE_X, nothing for the others."""
     return "0" if knob.startswith("ENABLE_") else ""
@@ -161,9 +183,6 @@ def _off(knob: str) -> str:
 
 def _knob(settings: ModelSettings, option: str) -> str | None:
     """Choose the knob that drops the option: an ENABLE_ one before others, then the one that drops the fewest words."""
-    dropping = {}
-    for knob in filter(settings.get, settings.model.knobs - {"SERVE_EXTRA"}):
-        words = serve_words(settings.emptied([knob], "a trial"))
-        if option not in dict(given_options(words)):
-            dropping[knob] = len(words)
+    lines = _lines_without(settings)
+    dropping = {knob: len(words) for knob, words in lines.items() if option not in dict(given_options(words))}
     return min(dropping, key=lambda knob: (not knob.startswith("ENABLE_"), -dropping[knob], knob), default=None)

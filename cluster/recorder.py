@@ -54,7 +54,7 @@ class Recorded:
 
 def read_recorded(settings: Settings) -> Recorded | None:
     """Return the recorder's last look; None unless that look was taken within the last FRESH_S seconds."""
-    told = kept_json(log_folder(settings) / "vitals.json")
+    told = kept_json(log_folder(settings) / "vitals.json", "at", "nodes", "quiet", "silent")
     # A clock that was set back makes the age negative.
     if told and -1 <= time.time() - told["at"] <= FRESH_S:
         floor = told["floor"] if "floor" in told else float(settings["MEM_FLOOR_GIB"])  # a recorder of before an update
@@ -72,7 +72,7 @@ def read_ended(settings: Settings) -> tuple[str, str] | None:
 
     None if neither of them has ended the last server.
     """
-    if not (told := kept_json(log_folder(settings) / "ended.json")):
+    if not (told := kept_json(log_folder(settings) / "ended.json", "why", "by")):
         return None
     then = "sudo dmesg | tail, inv logs; then: inv up --model NAME"
     if told["by"] == "memory guard":
@@ -87,12 +87,13 @@ def keep_json(file: Path, value: object) -> None:
     new.replace(file)
 
 
-def kept_json(file: Path) -> Any:  # noqa: ANN401 - a file may hold any JSON
-    """Return what keep_json wrote; None if the file is missing, cannot be read or is not JSON."""
+def kept_json(file: Path, *names: str, kind: type[dict] | type[list] = dict) -> Any:  # noqa: ANN401 - a file may hold any JSON
+    """Return what keep_json wrote; None if the file cannot be read, or has another kind of JSON, or lacks a name."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        told = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return told if isinstance(told, kind) and all(name in told for name in names) else None
 
 
 # --- After a server ---------------------------------------------------------------------------------------------------
@@ -126,17 +127,14 @@ def watch_memory(settings: Settings, file: str | None) -> None:
     if lows := read_lows(settings):
         told = ", ".join(f"{address} {left / GIB:.1f} GiB" for address, left in lows.items())
         say(f"Lowest while the last server ran: {told}")
-    try:
-        with open(file or os.devnull, "w", buffering=1) as rows, stream(memory_command()) as lines:
-            print("time,node,available_bytes", file=rows)
-            for line in lines:
-                now, served = time.strftime("%H:%M:%S"), read_recorded(settings)
-                floor = served.floor if served else float(settings["MEM_FLOOR_GIB"])
-                for address, left in sorted(json.loads(line).items()):
-                    available = "unknown" if left is None else f"{left / GIB:.1f}"
-                    low = "  LOW" if left is None or left < floor * GIB else ""
-                    say(f"{now}  {address:<15}  {available:>7} GiB available{low}")
-                    print(now, address, left or "", sep=",", file=rows)
-    except OSError as error:
-        raise Exit(f"--csv {file} cannot be written: {error.strerror}.") from None
+    with open(file or os.devnull, "w", buffering=1) as rows, stream(memory_command()) as lines:
+        print("time,node,available_bytes", file=rows)
+        for line in (line for line in lines if line.startswith('{"')):  # Ray may print lines of its own
+            now, served = time.strftime("%H:%M:%S"), read_recorded(settings)
+            floor = served.floor if served else float(settings["MEM_FLOOR_GIB"])
+            for address, left in sorted(json.loads(line).items()):
+                available = "unknown" if left is None else f"{left / GIB:.1f}"
+                low = "  LOW" if left is None or left < floor * GIB else ""
+                say(f"{now}  {address:<15}  {available:>7} GiB available{low}")
+                print(now, address, left or "", sep=",", file=rows)
     raise Exit("Ray in the head's container does not answer any more. Type: inv health")

@@ -1,6 +1,7 @@
 """The version of this checkout, by the contents of its files: git may be missing, or a file may have been edited."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from invoke import Exit
@@ -21,7 +22,8 @@ def repository_digest() -> str:
         files += [file for file in folder.rglob("[!.]*") if file.name.endswith(DECIDING) and file.is_file()]
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes() + b"\0")
+        with suppress(PermissionError):  # of another model's file: the node's own files are read before
+            digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -88,7 +88,9 @@ def server_runs(head: Container) -> bool:
 
 
 def _state(head: Container) -> list[str]:
-    return run(fed("state", head.name), capture=True, seconds=20).splitlines()
+    if (lines := run(fed("state", head.name), capture=True, seconds=20).splitlines()) and not lines[0].isdecimal():
+        raise Exit(f"The state of the server in {head.name} is unreadable: {lines[:2]}. Type: inv logs")
+    return lines
 
 
 def is_earlier(head: Container) -> bool:

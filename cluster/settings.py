@@ -83,6 +83,7 @@ def _or_nothing(form: Form) -> Form:
 
 
 ANY = Form("text without control characters", str)
+PUBLIC = Form("text without a password, because `docker inspect` would show it", _matching(r"(?!.*://[^/\s]*@)(.|\n)*"))
 TEXT = Form("text that does not start with a dash", _matching(r"[^-](.|\n)*"))
 COUNT = Form("a whole number of at least 1", _whole(1, 10**18))
 INDEX = Form("a whole number, at most 1000000", _whole(0, 10**6))
@@ -294,7 +295,7 @@ def load_settings(
     if model and (lacking := sorted(knobs - found.keys())):
         raise Exit(f"{model.folder}/{model.size}.env lacks {', '.join(lacking)}, which {model.serve} uses.")
     _check_limits(found)
-    listed = {name: _find(name, sources, ANY) for name in _forward_list(sources)}
+    listed = {name: _find(name, sources, PUBLIC) for name in _forward_list(sources)}
     forward = {name: found[setting]._replace(origin=setting) for name, setting in EVERY_CONTAINER.items()}
     forward |= {name: setting for name, setting in listed.items() if setting and setting.value}
     empty = [name for name in listed if name not in forward]
@@ -318,9 +319,6 @@ def site_files(model: Model | None, named: str | None) -> dict[str, Path]:
     if named is None:
         places = [f"{model.folder}/.env"] if model else []
         files = {place: ROOT / place for place in (*places, ".env") if os.path.lexists(ROOT / place)}
-    for file in files.values():
-        if not os.path.isfile(file):
-            raise Exit(f"{str(file)!r} is no file that can be read. ENV_FILE may name another file, or be empty.")
     return files
 
 
@@ -345,7 +343,7 @@ def _find(name: str, sources: Sources, of_form: Form) -> Setting | None:
     try:
         return Setting(printable(of_form.read(printable(text))), text, origin)
     except ValueError:
-        got = "not shown here, it may hold a secret" if name in NEVER_SHOWN else repr(text)
+        got = "not shown here, it may hold a secret" if name in NEVER_SHOWN or of_form is PUBLIC else repr(text)
         takes = of_form.takes if text.isprintable() else f"{of_form.takes}; none with control characters"
         raise Exit(f"{name} ({origin}) is {got}; it takes {takes}.") from None
 
@@ -392,9 +390,9 @@ EVERY_CONTAINER = {
 }  # fmt: skip
 # Bash or the container sets these for itself, or vLLM warns about the name.
 SET_ELSEWHERE = (
-    "VLLM_IMAGE", "VLLM_FORWARD_VARS", "PATH", "HOME", "_", "UID", "EUID", "PPID", "BASHPID", "GROUPS", "SHELLOPTS",
-    "BASHOPTS", "SHLVL", "RANDOM", "SRANDOM", "LINENO", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "DIRSTACK",
-    "FUNCNAME", "HISTCMD", "PIPESTATUS",
+    "VLLM_IMAGE", "VLLM_FORWARD_VARS", "PATH", "HOME", "_", "UID", "EUID", "PPID", "GROUPS", "SHELLOPTS", "OPTIND",
+    "SHLVL", "RANDOM", "SRANDOM", "LINENO", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "DIRSTACK", "FUNCNAME",
+    "HISTCMD", "PIPESTATUS",
 )  # fmt: skip
 
 
@@ -414,10 +412,10 @@ def _unfit(name: str) -> str | None:
     """Return why no container may get a variable of this name."""
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         return "is no variable name; the list takes names with spaces between them"
-    if re.search("TOKEN|KEY|SECRET|PASSW", name, re.IGNORECASE):
+    if re.search("TOKEN|KEY|SECRET|PASS(W|PHRASE|$)|PWD|CREDENTIAL|AUTH|BEARER|COOKIE|_PAT$", name, re.IGNORECASE):
         return "looks like a secret: `docker inspect` would show it. HF_TOKEN and VLLM_API_KEY go to the server anyway"
     if name in SET_BY:
         return f"every container has from the setting {SET_BY[name]}; set {SET_BY[name]} instead"
-    if name in SET_ELSEWHERE or name.startswith("NODE_RAY_"):
+    if name in SET_ELSEWHERE or name.startswith(("NODE_RAY_", "BASH")):
         return "bash, the container or this project sets for itself"
     return None

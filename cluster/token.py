@@ -17,23 +17,27 @@ FIRST_RAY = (2, 52)
 
 
 def token_file(settings: Settings) -> Path | None:
-    """The token's file on this host, if there is one."""
+    """Return the token's file on this host, if there is one. Raises Exit if the file has no token."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
-    return path if path.is_file() else None
+    # Docker mounts also a token that only root can read.
+    if path.is_dir() or (path.exists() and os.access(path, os.R_OK) and not path.read_bytes().strip()):
+        raise Exit(f"{path} (RAY_AUTH_TOKEN_PATH) holds no token. Remove it, then type: inv token; or copy the head's.")
+    return path if path.exists() else None
 
 
 def make_token(settings: Settings) -> None:
     """Write a random token that only its owner may read, and say how to copy it to the other nodes."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
     file, folder = shlex.quote(str(path)), shlex.quote(str(path.parent))
+    if path.is_file():
+        raise Exit(f"{path} is there already. To make another, first remove it on every node: rm {file}")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
-            made.write(secrets.token_hex(32))
+        os.write(made, secrets.token_hex(32).encode())
     except OSError as error:
-        if path.is_file():
-            raise Exit(f"{path} is there already. To make another, first remove it on every node: rm {file}") from None
-        raise Exit(f"{path} cannot be written: {error.strerror}. Type: ls -ld {folder}") from None
+        path.unlink()
+        raise Exit(f"{path} cannot be written: {error.strerror}. Type: df -h {folder}") from None
     say(f"The token is in {path}. Copy it to every other node, then bring all nodes up again:")
     remote = shlex.quote(f"umask 077; mkdir -p {folder} && cat >{file}")
     say(*(f"  ssh {host} {remote} <{file}" for host in settings.workers()))

@@ -165,12 +165,8 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
 def _only_one(settings: Settings) -> Iterator[None]:
     """Refuse a second `inv up` on this head: one of them could take down what the other has started."""
     file = node.log_folder(settings) / "up.lock"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("a")
-    except OSError as error:
-        raise Exit(f"{file} cannot be written: {error.strerror}. Type: ls -ld {file.parent}") from None
-    with lock:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

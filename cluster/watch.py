@@ -241,7 +241,7 @@ class Hook:
 
     def _runs(self) -> list[float]:
         """The runs so far, in epoch seconds. Raises ValueError or TypeError if the file holds anything else."""
-        return [float(at) for at in kept_json(self.file)] if self.file.exists() else []
+        return [float(at) for at in kept_json(self.file, kind=list)] if self.file.exists() else []
 
     def _unusable(self, error: Exception) -> str:
         why = getattr(error, "strerror", "the file must be a list of epoch seconds")

@@ -91,7 +91,16 @@ def test_a_server_that_names_no_model_is_broken(server):
 
 def test_an_answer_without_a_choice_is_no_token(server):
     """A 200 from a page or a proxy does not prove that the engine generates."""
-    for text in (b"", b"null", b"{}", b'{"error": "no"}', b'{"choices": []}', b"<html>"):
+    for text in (
+        b"",
+        b"null",
+        b"{}",
+        b'{"error": "no"}',
+        b'{"choices": []}',
+        b'{"choices": "1"}',
+        b"<html>",
+        b"[" * 9999,
+    ):
         server.plays["/v1/completions"] = (200, text)
         assert generate_token(server.url, "sk").status == 502
 
@@ -128,6 +137,7 @@ PAGES = {
     "in JSON": json.dumps(KEY),
     "in HTML": "sk+&quot;7&amp;&lt;9",
     "in a URL": "sk%2B%227%26%3C9",
+    "in small letters": "sk%2b%227%26%3c9",
 }
 
 
@@ -169,18 +179,26 @@ def test_an_answer_that_breaks_off_is_none(server):
     assert (found.status, found.silent) == (None, False) and "IncompleteRead" in found.text
 
 
-def test_a_chunk_of_a_negative_size_is_a_failure_like_any_other():
-    """An HTTP answer with a wrong chunk size brings no traceback."""
+@pytest.mark.parametrize("size", [b"-5", b"-1", b"FFFFFFFFF", b"4000001", b"no number"])
+def test_a_chunk_of_a_wrong_size_is_a_failure_like_any_other(size):
+    """An answer with a wrong or endless chunk brings no traceback, and is read no further than the cap."""
+    sent = 0
     with socket.create_server(("127.0.0.1", 0)) as there:
 
         def answer() -> None:
+            nonlocal sent
             client, _ = there.accept()
-            with client:
+            with client, suppress(OSError):
                 client.recv(1000)
-                client.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n")
+                client.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\n")
+                while sent < 2**27:
+                    sent += client.send(b"x" * 2**18)
 
-        threading.Thread(target=answer, daemon=True).start()
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
         found = ask_api(f"http://127.0.0.1:{there.getsockname()[1]}/health", seconds=5)
+        thread.join(5)
+    assert sent < 2**26
     assert (found.status, found.silent, found.connected) == (None, False, True) and found.error
 
 

@@ -454,7 +454,7 @@ def test_a_file_of_looks_that_cannot_be_read_begins_anew(text, waited):
 
 def test_the_next_health_knows_the_looks_before(waited):
     """Each `inv health` is a new process, so a file keeps the looks."""
-    waited.file.write_text(json.dumps([NOW - 250, NOW - 100]))
+    waited.file.write_text(json.dumps({"since": NOW - 250, "last": NOW - 100}))
     assert waited() == 250
     assert [file.name for file in waited.file.parent.iterdir()] == ["unanswered.json"]
 
