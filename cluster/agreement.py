@@ -62,6 +62,11 @@ def ask_nodes(head: Container, names: Sequence[str] = ()) -> list[Node]:
     return sorted(found, key=lambda node: (node.address != own, node.address))
 
 
+def alive_addresses(head: Container, seconds: float) -> list[str]:
+    """Return the address of every node that Ray counts as alive. Raises Exit if Ray does not answer in time."""
+    return ask_inside(head, seconds, list, "python3", f"{INSIDE}/every.py")
+
+
 # --- The rules that compare one fact ----------------------------------------------------------------------------------
 
 PACKAGES = ("vllm", "ray", "python", "torch")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 CONTAINER = "node-ray"
 # The article called its containers node- and digits. A node-exporter is somebody else's.
 ARTICLE_CONTAINER = re.compile("node-[0-9]+")
-NOT_UP = ("No such file or directory", "Connection refused", "timed out")
-REMEDIES = dict.fromkeys(NOT_UP, "sudo systemctl start docker") | {
+REMEDIES = dict.fromkeys(("No such file or directory", "Connection refused"), "sudo systemctl start docker") | {
+    "timed out": "systemctl status docker",
     "Permission denied": "sudo usermod -aG docker $USER; then log in again",
 }
 
@@ -42,25 +42,25 @@ def _or_exit(failure: str) -> Iterator[None]:
 
 
 @cache
-def client() -> DockerClient:
-    """Connect to the Engine that the docker command line would use: by DOCKER_HOST, or by Docker's context."""
+def client(seconds: float = 30) -> DockerClient:
+    """Connect to the Engine of the docker command line: by DOCKER_HOST, or Docker's context. seconds: for an answer."""
     import docker
 
     host = os.environ.get("DOCKER_HOST")
     with _or_exit(f"Docker cannot be reached at {host} (DOCKER_HOST)" if host else "Docker cannot be reached"):
-        return docker.from_env(timeout=30)
+        return docker.from_env(timeout=seconds)
 
 
-def our_containers() -> list[Container]:
+def our_containers(seconds: float = 30) -> list[Container]:
     """The containers of this project and of the article, running or not."""
     with _or_exit("Docker could not list its containers"):
-        found = client().containers.list(all=True, ignore_removed=True)
+        found = client(seconds).containers.list(all=True, ignore_removed=True)
     return [one for one in found if one.name == CONTAINER or ARTICLE_CONTAINER.fullmatch(one.name)]
 
 
-def node_container() -> Container | None:
+def node_container(seconds: float = 30) -> Container | None:
     """This node's container, running or not."""
-    return next((one for one in our_containers() if one.name == CONTAINER), None)
+    return next((one for one in our_containers(seconds) if one.name == CONTAINER), None)
 
 
 def image_labels(name: str) -> dict[str, str] | None:

@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster.agreement import ask_nodes
+from cluster.agreement import alive_addresses
 from cluster.api import Answer, Metrics, generate_token, read_metrics
 from cluster.command import Command, render, run, say, tell
 from cluster.engine import node_container
 from cluster.guards import is_head
 from cluster.node import CONTAINER, log_folder
-from cluster.recorder import FRESH_S, GIB, LOAD, WORK, Recorded, keep_json, kept_json, read_ended, read_recorded
+from cluster.recorder import FRESH_S, GIB, LOAD, Recorded, keep_json, kept_json, read_ended, read_recorded
 from cluster.server import Served, ask_server, is_earlier
 from cluster.settings import Settings
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
 
-TOKEN_S = 3
-GPU_S = 20
+# Everything is asked at once, and what has not answered after ASK_S is unknown. With the start of Python and the end of
+# a command that must be killed, health answers within 5 s.
+ASK_S, TOKEN_S, GPU_S = 4, 3, 3
+# vLLM's engine writes this each minute in which the ranks have not taken its next step.
+STARVED = "No available shared memory broadcast block"
+LOG_END = 2**16
 # A node answers the recorder within three seconds. Ray needs ten to restart the process that answers.
 DEAF_S = 30
 BRING_UP_AGAIN = "inv down; then: inv up --model NAME"
@@ -80,20 +84,22 @@ class Verdict:
 class Seen:
     """The answers about a cluster. None stands for a server that was not launched, or for a missing answer.
 
-    `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to the request for one token. `moving`: whether
-    the API's counters moved during that request. `waited`: for how many seconds no `inv health` has got a token.
-    `gpus`: for host and container, whether nvidia-smi answered, and its words. `ended`: as read_ended.
+    `nodes`: the addresses of Ray's nodes. `answer`: the API's answer to the request for one token. `waited`: for how
+    many seconds no `inv health` has got a token. `gpus`: for host and container, whether nvidia-smi answered, and its
+    words. `ended`: as read_ended. `starved`: the log's last sentence about ranks that do not answer the engine.
+    `unasked`: the verdict, where the head's container could not be asked.
     """
 
     server: Served | None = None
     nodes: Sequence[str] | None = None
     recorded: Recorded | None = None
     answer: Answer | None = None
-    moving: bool = False
     waited: float = 0
     metrics: Metrics | None = None
     gpus: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
     ended: tuple[str, str] | None = None
+    starved: str = ""
+    unasked: Verdict | None = None
 
     @property
     def facts(self) -> dict[str, Mapping]:
@@ -185,19 +191,18 @@ def _silent(seen: Seen, answer: Answer, hang: float) -> Verdict:
     queue = f" ({seen.metrics.running:g} requests run, {seen.metrics.waiting:g} wait)" if seen.metrics else ""
     late = f"No token within {answer.seconds:.0f} s{queue}" + (f", and {seen.down}" if seen.down else "")
     # On an idle server nothing moves, so only seconds in which a request waited count.
-    still = 0.0
-    if seen.recorded:
-        still = min(seen.recorded.quiet(*WORK), max(seen.waited, seen.recorded.quiet("waiting")))
-    if still >= hang and not seen.moving:
-        why = f"{late}; requests have waited {still:.0f} s (HANG_S: {hang:g}), and no counter, rank or GPU has moved."
-        return Verdict(State.HUNG, why, LAUNCH_AGAIN)
+    still, thing = 0.0, "counter, rank or GPU"
+    if recorded := seen.recorded:
+        still = min(recorded.quiet(*recorded.work), max(seen.waited, recorded.quiet("waiting")))
+        thing = "counter of the engine" if recorded.answered else thing
+    if still >= hang:
+        why = f"{late}; requests have waited {still:.0f} s (HANG_S: {hang:g}), and no {thing} has moved."
+        return Verdict(State.HUNG, why + (f" The log says: {seen.starved}" if seen.starved else ""), LAUNCH_AGAIN)
     if seen.down:
         return Verdict(State.LINKS_DEGRADED, f"{late}.", SHOW_LINKS)
-    if seen.moving:
-        return Verdict(State.BUSY, f"{late}, but the server's counters move.", LATER)
-    if not seen.recorded:
+    if not recorded:
         return Verdict(State.UNKNOWN, f"{late}, and {NOT_RECORDED}", START_RECORDER)
-    why = f"{late}; {still:.0f} s ago a counter, rank or GPU moved, or no request waited (HANG_S: {hang:g})."
+    why = f"{late}; {still:.0f} s ago a {thing} moved, or no request waited (HANG_S: {hang:g})."
     return Verdict(State.BUSY, why, LATER)
 
 
@@ -221,20 +226,20 @@ def report_health(settings: Settings, as_json: bool) -> State:
 def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdict, Seen]:
     """Ask every part of the cluster and judge the answers. nodes: the addresses of Ray's nodes, if they are known.
 
-    Raises Exit on a worker, which does not know the whole cluster, and where Docker does not answer.
+    Raises Exit on a worker, which does not know the whole cluster.
     """
-    head = node_container()
-    if head is None or head.status != "running":
-        verdict = Verdict(State.NOT_RUNNING, f"No {CONTAINER} runs on this node.", "inv up --model NAME, or: inv head")
-        return verdict, Seen(gpus={"GPU on the host": _ask_gpu()})
-    is_head(head)
-    if is_earlier(head):
-        why = "An earlier version of this repository started the containers, so this version cannot ask them."
-        return Verdict(State.UNKNOWN, why, BRING_UP_AGAIN), Seen(gpus={"GPU on the host": _ask_gpu()})
+    until = time.monotonic() + ASK_S
     with ThreadPoolExecutor() as pool:
-        asked = {"GPU on the host": pool.submit(_ask_gpu), "GPU in the container": pool.submit(_ask_gpu, CONTAINER)}
-        seen = _ask_head(settings, head, nodes)
-        seen = replace(seen, gpus={place: answer.result() for place, answer in asked.items()})
+        gpus = {"GPU on the host": pool.submit(_ask_gpu)}
+        head = _find_head()
+        if isinstance(head, Verdict):
+            seen = Seen(unasked=head)
+        else:
+            gpus["GPU in the container"] = pool.submit(_ask_gpu, CONTAINER)
+            seen = _ask_head(settings, head, nodes, until)
+        seen = replace(seen, gpus={place: answer.result() for place, answer in gpus.items()})
+    if seen.unasked:
+        return seen.unasked, seen
     hang, stall = (float(settings[name]) for name in ("HANG_S", "STALL_S"))
     return judge(seen, hang=hang, stall=stall), seen
 
@@ -244,30 +249,71 @@ def gpu_command(container: str | None = None) -> Command:
     return Command(render("nvidia_smi.j2", container=container), "this node")
 
 
-def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None) -> Seen:
-    server = ask_server(head)
-    seen = _ask_for_token(settings, server) if server and server.alive else Seen(server)
-    # Ray takes seconds to answer, so Ray is asked only if the server and its recorder leave a doubt.
-    engine_lives = seen.answer is not None and (seen.answer.status or 0) < 500
-    if nodes is None and engine_lives and seen.recorded and len(seen.facts) == len(seen.recorded.nodes):
-        nodes = list(seen.facts)
-    if nodes is None:
+def _find_head() -> Container | Verdict:
+    """Return the head's container, or a verdict if this version cannot ask it. Raises Exit on a worker."""
+    try:
+        head = node_container(ASK_S)
+    except Exit as error:
+        return _no_answer(error)
+    if head is None or head.status != "running":
+        return Verdict(State.NOT_RUNNING, f"No {CONTAINER} runs on this node.", "inv up --model NAME, or: inv head")
+    is_head(head)
+    if is_earlier(head):
+        why = "An earlier version of this repository started the containers, so this version cannot ask them."
+        return Verdict(State.UNKNOWN, why, BRING_UP_AGAIN)
+    return head
+
+
+def _no_answer(error: Exit) -> Verdict:
+    why, _, remedy = str(error.message).partition(" Type: ")
+    return Verdict(State.UNKNOWN, why, remedy or "docker ps")
+
+
+def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None, until: float) -> Seen:
+    def ask_ray() -> list[str] | None:
         with suppress(Exit):
-            nodes = [node.address for node in ask_nodes(head)]
+            return alive_addresses(head, max(0.1, until - time.monotonic()))
+        return None
+
+    recorded = read_recorded(settings)
+    with ThreadPoolExecutor() as pool:
+        # Ray takes seconds to answer, so Ray is asked only if the recorder or the server leaves a doubt.
+        doubtful = nodes is None and not (recorded and all(recorded.nodes.values()))
+        ray = pool.submit(ask_ray) if doubtful else None
+        try:
+            server = ask_server(head, ASK_S)
+        except Exit as error:
+            return Seen(unasked=_no_answer(error))
+        seen = _ask_for_token(settings, server, until) if server and server.alive else Seen(server)
+    engine_lives = seen.answer is not None and (seen.answer.status or 0) < 500
+    if ray:
+        nodes = ray.result()
+    elif nodes is None and engine_lives and seen.recorded and len(seen.facts) == len(seen.recorded.nodes):
+        nodes = list(seen.facts)
+    elif nodes is None:
+        nodes = ask_ray()
     return replace(seen, nodes=nodes, ended=read_ended(settings))
 
 
-def _ask_for_token(settings: Settings, server: Served) -> Seen:
-    """Ask the API for one token. If none comes in time, see whether the counters moved meanwhile."""
+def _ask_for_token(settings: Settings, server: Served, until: float) -> Seen:
+    folder, seconds = log_folder(settings), max(1, min(TOKEN_S, until - time.monotonic()))
     with ThreadPoolExecutor() as pool:  # a server that hangs would keep both questions waiting, one after the other
         asked = pool.submit(read_metrics, server.url)
-        answer = generate_token(server.url, settings.get("VLLM_API_KEY"), TOKEN_S)
-        before = asked.result()
-    after = read_metrics(server.url) if answer.silent else None
-    moving = bool(before and after and before.moving != after.moving)
-    waited = waited_in_vain(log_folder(settings) / "unanswered.json", answer.silent, float(settings["HANG_S"]))
+        answer = generate_token(server.url, settings.get("VLLM_API_KEY"), seconds)
+        metrics = asked.result()
+    waited = waited_in_vain(folder / "unanswered.json", answer.silent, float(settings["HANG_S"]))
+    starved = _starved(folder / "serve.log") if answer.silent else ""
     # The recorder's file is read after the wait for the token, so that work of the ranks during the wait counts.
-    return Seen(server, None, read_recorded(settings), answer, moving, waited, after or before)
+    return Seen(server, None, read_recorded(settings), answer, waited, metrics, starved=starved)
+
+
+def _starved(log: Path) -> str:
+    """Return the last sentence with STARVED in the last LOG_END bytes of the server's log, if there is one."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_END))
+        _, found, after = file.read().decode(errors="replace").rpartition(STARVED)
+        return found + after.partition("\n")[0].partition(".")[0] + "." if found else ""
+    return ""
 
 
 def waited_in_vain(file: Path, silent: bool, hang: float) -> float:

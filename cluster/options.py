@@ -41,7 +41,7 @@ class Known:
 # --- What the image's vLLM knows --------------------------------------------------------------------------------------
 
 
-def ask_inside(head: Container, seconds: int, read: Callable[[Any], T], *words: str) -> T:
+def ask_inside(head: Container, seconds: float, read: Callable[[Any], T], *words: str) -> T:
     """Run a command in the head's container, for so many seconds at most, and read the JSON in its last line.
 
     Raises Exit if the command fails, if `read` rejects the JSON, and if an earlier version of this repository started
@@ -49,7 +49,7 @@ def ask_inside(head: Container, seconds: int, read: Callable[[Any], T], *words: 
     """
     if is_earlier(head):
         raise Exit(EARLIER)
-    limited = ("timeout", "--kill-after=2", str(seconds), *words)
+    limited = ("timeout", "--signal=KILL", str(seconds), *words)
     answer = ask_container(head, "/bin/bash", "-c", IN_SHELL, "bash", *limited)
     try:
         return read(json.loads(answer.splitlines()[-1]))

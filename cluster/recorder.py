@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from cluster.settings import Settings
 
 # The recorder writes each second. A node that does not answer makes a look three seconds longer.
 FRESH_S = 10
-# The things that move while requests are answered, and those that move while a model is loaded. See Recorded.quiet.
-WORK = ("counters", "cpu", "gpu")
+# The things that move while a model is loaded, and while it compiles kernels for the first request. See Recorded.quiet.
 LOAD = ("log", "memory", "server_cpu", "cpu", "gpu")
+FIRST = ("counters", "cpu", "gpu")
 GIB = 2**30
 
 
@@ -33,19 +33,35 @@ class Recorded:
 
     nodes: by address the facts of each node, or None if it did not answer. The facts are those of the
     node's memory guard (inside/memory_guard.py), such as `available` in bytes, and `ranks` (how many), `cpu` (seconds
-    of the ranks), `gpu` (percent, or None) and `down` (the links that are not up).
+    of the ranks), `compilers` (seconds of those that the ranks started), `gpu` (percent, or None) and `down` (the links
+    that are not up).
     still: for how many seconds each thing has not moved. silent: for how many seconds a node has not answered.
-    floor: the MEM_FLOOR_GIB that the server was launched with.
+    floor: the MEM_FLOOR_GIB that the server was launched with. running: how many requests run. answered: whether the
+    server has answered a request.
     """
 
     nodes: Mapping[str, Mapping | None]
     still: Mapping[str, float]
     silent: Mapping[str, float] = field(default_factory=dict)
     floor: float = 0
+    running: float = 0
+    answered: bool = False
 
     @property
     def ranks(self) -> int:
         return sum(facts["ranks"] for facts in self.nodes.values() if facts)
+
+    @property
+    def work(self) -> Sequence[str]:
+        """The things that move while requests are answered.
+
+        A rank that waits for another one in a collective keeps its processor and its GPU busy, so these count only
+        until the first answer. The API's process unpacks a prompt of a million tokens for a minute before the request
+        runs.
+        """
+        if not self.answered:
+            return FIRST
+        return ("counters", "compiler") if self.running else ("counters", "compiler", "api_cpu")
 
     def quiet(self, *things: str) -> float:
         """Return for how many seconds none of these things has moved on any node; 0 if none of them was looked at."""
@@ -58,7 +74,8 @@ def read_recorded(settings: Settings) -> Recorded | None:
     # A clock that was set back makes the age negative.
     if told and -1 <= time.time() - told["at"] <= FRESH_S:
         floor = told["floor"] if "floor" in told else float(settings["MEM_FLOOR_GIB"])  # a recorder of before an update
-        return Recorded(told["nodes"], told["quiet"], told["silent"], floor)
+        api = told.get("running", 0), told.get("answered", False)
+        return Recorded(told["nodes"], told["quiet"], told["silent"], floor, *api)
     return None
 
 

@@ -76,9 +76,9 @@ class Served:
         return int(value) if value.isdigit() else otherwise
 
 
-def ask_server(head: Container) -> Served | None:
+def ask_server(head: Container, seconds: float = 20) -> Served | None:
     """Return the server that was launched last; None if none was, or if `inv stop` has ended it."""
-    runs, since, *words = _state(head) or ("", "0")
+    runs, since, *words = _state(head, seconds) or ("", "0")
     return Served(runs == "0", float(since), tuple(words)) if len(words) > 2 else None
 
 
@@ -87,8 +87,8 @@ def server_runs(head: Container) -> bool:
     return _state(head)[:1] in (["0"], ["2"])
 
 
-def _state(head: Container) -> list[str]:
-    if (lines := run(fed("state", head.name), capture=True, seconds=20).splitlines()) and not lines[0].isdecimal():
+def _state(head: Container, limit: float = 20) -> list[str]:
+    if (lines := run(fed("state", head.name), capture=True, seconds=limit).splitlines()) and not lines[0].isdecimal():
         raise Exit(f"The state of the server in {head.name} is unreadable: {lines[:2]}. Type: inv logs")
     return lines
 

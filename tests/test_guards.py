@@ -51,7 +51,7 @@ class Container:
 def docker(operator):
     """This node's Engine. A test sets its containers, and the labels of its image."""
     found = SimpleNamespace(containers=[], labels={"ray.version": "2.60.0"})
-    operator.setattr(engine, "our_containers", lambda: found.containers)
+    operator.setattr(engine, "our_containers", lambda *_: found.containers)
     operator.setattr(engine, "image_labels", lambda name: found.labels)
     operator.setattr(server, "server_runs", lambda head: head.serving)
     return found
@@ -312,7 +312,7 @@ def test_an_error_of_docker_is_a_sentence(asked, error, operator):
         raise error
 
     ill = SimpleNamespace(list=fails, get=fails)
-    operator.setattr(engine, "client", lambda: SimpleNamespace(containers=ill, images=ill))
+    operator.setattr(engine, "client", lambda *_: SimpleNamespace(containers=ill, images=ill))
     with pytest.raises(Exit, match=r"^Docker could not .*\. Type: docker ps$"):
         asked()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from http.client import BadStatusLine, RemoteDisconnected
 from types import SimpleNamespace
@@ -11,8 +12,19 @@ from invoke import Exit
 
 from cluster import health
 from cluster.api import Answer, Metrics
-from cluster.health import BRING_UP_AGAIN, DEAF_S, START_RECORDER, Seen, State, judge, waited_in_vain
-from cluster.recorder import GIB, LOAD, WORK, Recorded
+from cluster.health import (
+    ASK_S,
+    BRING_UP_AGAIN,
+    DEAF_S,
+    LOG_END,
+    START_RECORDER,
+    STARVED,
+    Seen,
+    State,
+    judge,
+    waited_in_vain,
+)
+from cluster.recorder import FIRST, GIB, LOAD, Recorded
 from cluster.server import Served
 
 NOW = 1_700_000_000.0
@@ -30,13 +42,15 @@ def facts(**other):
     return {"available": 20 * GIB, "ranks": 1, "cpu": 7.0, "gpu": 0, "down": []} | other
 
 
-def saw(quiet=0.0, worker=None, unseen=False, **still):
+def saw(quiet=0.0, worker=None, unseen=False, answered=True, running=1, **still):
     """The recorder's last look at two nodes: for `quiet` seconds nothing moved and a request waited.
 
-    still: other seconds for single things. unseen: the worker did not answer in time.
+    still: other seconds for single things. unseen: the worker did not answer in time. answered: whether the server has
+    answered a request. running: how many run.
     """
-    still = dict.fromkeys((*WORK, *LOAD, "waiting"), quiet) | still
-    return Recorded({HEAD: facts(), WORKER: None if unseen else worker or facts()}, still, floor=FLOOR)
+    nodes = {HEAD: facts(), WORKER: None if unseen else worker or facts()}
+    still = dict.fromkeys((*LOAD, *FIRST, "compiler", "api_cpu", "waiting"), quiet) | still
+    return Recorded(nodes, still, floor=FLOOR, answered=answered, running=running)
 
 
 JUST_MOVED = saw()
@@ -92,19 +106,27 @@ TABLE = {
     "5xx, every node there": (seen(DEAD), State.NOT_RUNNING, "The API answers 500: EngineCore encountered"),
     "5xx, Ray not asked": (seen(DEAD, None, nodes=None), State.NOT_RUNNING, "The API answers 500: EngineCore"),
     "5xx, a node gone": (seen(DEAD, None, nodes=[HEAD]), State.RANK_LOST, "answers 500: Ray has 1 of 2 nodes"),
-    "counters moving": (seen(SILENT, saw(quiet=9999), moving=True), State.BUSY, "the server's counters move"),
-    "counters moving, no recorder": (seen(SILENT, None, moving=True), State.BUSY, "the server's counters move"),
     "silent, a queue": (
-        seen(SILENT, saw(quiet=9999), moving=True, metrics=Metrics(2, 5, frozenset())),
+        seen(SILENT, saw(), metrics=Metrics(2, 5, frozenset())),
         State.BUSY,
-        "No token within 3 s (2 requests run, 5 wait), but",
+        "No token within 3 s (2 requests run, 5 wait); 0 s ago a counter of the engine moved",
     ),
     "silent, just moved": (seen(SILENT, saw(quiet=HANG - 1)), State.BUSY, "299 s ago"),
+    "silent, ranks that starve": (
+        seen(SILENT, saw(quiet=HANG), starved="No available shared memory broadcast block found in 60 seconds."),
+        State.HUNG,
+        "no counter of the engine has moved. The log says: No available shared memory broadcast block found in 60",
+    ),
+    "first request, quiet": (
+        seen(SILENT, saw(quiet=HANG, answered=False)),
+        State.HUNG,
+        "and no counter, rank or GPU has moved.",
+    ),
     "silent, quiet": (seen(SILENT, saw(quiet=HANG)), State.HUNG, "have waited 300 s (HANG_S: 300)"),
     "silent, idle until now": (
         seen(SILENT, saw(quiet=86400, waiting=0)),
         State.BUSY,
-        "; 0 s ago a counter, rank or GPU moved, or no request waited",
+        "; 0 s ago a counter of the engine moved, or no request waited",
     ),
     "silent, asked for a while": (seen(SILENT, saw(quiet=86400, waiting=HANG - 1)), State.BUSY, "299 s ago"),
     "silent, asked for long": (
@@ -120,7 +142,6 @@ TABLE = {
         "have waited 350 s",
     ),
     "silent, waited, moved": (seen(SILENT, saw(quiet=10, waiting=9999), waited=9999), State.BUSY, "; 10 s ago"),
-    "silent, waited, moving": (seen(SILENT, saw(quiet=9999), waited=9999, moving=True), State.BUSY, "counters move"),
     "silent, waited, no recorder": (seen(SILENT, None, waited=9999), State.UNKNOWN, "has written nothing"),
     "healthy, others waited": (seen(WELL, saw(quiet=9999), waited=9999), State.HEALTHY, "One token"),
     "silent, a link down": (
@@ -128,7 +149,7 @@ TABLE = {
         State.LINKS_DEGRADED,
         "No token within 3 s, and enp1s0f0np0 of 10.0.0.2 is down, enp1s0f1np1",
     ),
-    "silent, a link down, moving": (seen(SILENT, saw(quiet=9999, worker=CUT), moving=True), State.LINKS_DEGRADED, ""),
+    "silent, a link down, moving": (seen(SILENT, saw(worker=CUT)), State.LINKS_DEGRADED, ""),
     "silent, a link down, quiet": (
         seen(SILENT, saw(quiet=HANG, worker=CUT)),
         State.HUNG,
@@ -165,7 +186,7 @@ def test_a_rank_that_is_gone_is_the_first_trouble(lost):
     worker, nodes = lost
     record = Recorded({HEAD: facts(available=0), WORKER: worker}, saw(quiet=9999).still)
     for answer in (SILENT, DEAD, Answer(401, "", 0.1)):
-        said = verdict(seen(answer, record, nodes=nodes, moving=True))
+        said = verdict(seen(answer, record, nodes=nodes))
         assert (said.state, said.next) == (State.RANK_LOST, BRING_UP_AGAIN) and "none on 10.0.0.2" in said.why
 
 
@@ -212,31 +233,41 @@ def test_without_the_recorder_the_next_command_is_up():
     assert {verdict(seen(answer, None)).next for answer in (WELL, SILENT)} == {START_RECORDER}
 
 
-def test_one_thing_that_moves_is_no_hang():
-    """A counter, a rank's processor or a GPU that moves shows that the server works on a long prompt."""
-    assert {verdict(seen(SILENT, saw(quiet=9999, **{thing: 1}))).state for thing in WORK} == {State.BUSY}
+# For each situation of a silent server the things that show that it works. Nothing else keeps it from being hung.
+WORK = {
+    "first request": ({"answered": False}, {"counters", "cpu", "gpu"}),
+    "a request runs": ({"running": 1}, {"counters", "compiler"}),
+    "no request runs": ({"running": 0}, {"counters", "compiler", "api_cpu"}),
+}
 
 
-def test_one_node_that_works_is_no_hang():
-    """One rank may work on a prompt while the others wait for that rank."""
-    still = {"counters": 9999, "gpu": 9999, "waiting": 9999, "cpu 10.0.0.1": 9999, "cpu 10.0.0.2": 9999}
-    assert verdict(seen(SILENT, replace(saw(), still=still))).state is State.HUNG
+@pytest.mark.parametrize(("situation", "things"), WORK.values(), ids=WORK)
+def test_only_the_engine_s_own_work_is_no_hang(situation, things):
+    """A rank that spins in a collective keeps its processor and its GPU busy. After the first answer that is a hang.
+
+    Compilers work for the engine. So does the API's process while it unpacks a prompt, before the request runs.
+    """
+    looks = {thing: saw(quiet=9999, **situation, **{thing: 1}) for thing in saw().still if thing != "waiting"}
+    states = {thing: verdict(seen(SILENT, look, waited=9999)).state for thing, look in looks.items()}
+    assert {thing for thing, state in states.items() if state is State.BUSY} == things
+    assert {state for thing, state in states.items() if thing not in things} == {State.HUNG}
+
+
+@pytest.mark.parametrize(("thing", "answered"), [("cpu", False), ("compiler", True)])
+def test_one_node_that_works_is_no_hang(thing, answered):
+    """One rank may work while the others wait for that rank."""
+    still = {"counters": 9999, "gpu": 9999, "waiting": 9999, f"{thing} {HEAD}": 9999, f"{thing} {WORKER}": 9999}
     for at in (HEAD, WORKER):
-        assert verdict(seen(SILENT, replace(saw(), still=still | {f"cpu {at}": 1}))).state is State.BUSY
+        looks = [replace(saw(answered=answered), still=still | moved) for moved in ({}, {f"{thing} {at}": 1})]
+        assert [verdict(seen(SILENT, look)).state for look in looks] == [State.HUNG, State.BUSY]
 
 
 def test_a_recorder_without_a_look_is_no_hang():
     """A recorder that has just started has not yet looked at work, load or waiting requests."""
     new = replace(saw(), still={})
     assert verdict(seen(SILENT, new, waited=9999)).state is State.BUSY
-    assert verdict(seen(SILENT, replace(new, still=dict.fromkeys(WORK, 9999)))).state is State.BUSY
+    assert verdict(seen(SILENT, replace(new, still={"counters": 9999, "compiler": 9999}))).state is State.BUSY
     assert verdict(seen(REFUSED, new)).state is State.LOADING
-
-
-def test_a_log_line_is_no_work():
-    """A new log line, or the server's own loop, does not make a hung engine busy."""
-    idle = ("log", "memory", "server_cpu")
-    assert {verdict(seen(SILENT, saw(quiet=9999, **{thing: 1}))).state for thing in idle} == {State.HUNG}
 
 
 def test_one_thing_that_moves_is_a_load():
@@ -282,12 +313,12 @@ def test_a_refusal_is_no_dead_engine():
 def asked(monkeypatch, tmp_path):
     """Looks at a live server once for each answer; `before` and `after` it the recorder tells these."""
     now, looks = [NOW], []
-    monkeypatch.setattr(health, "ask_server", lambda _: Served(True, NOW - 9000, WORDS))
+    monkeypatch.setattr(health, "ask_server", lambda *_: Served(True, NOW - 9000, WORDS))
     monkeypatch.setattr(health, "read_recorded", lambda _: looks[-1])
     monkeypatch.setattr(health, "read_metrics", lambda _: None)
     monkeypatch.setattr(health, "read_ended", lambda _: None)
     monkeypatch.setattr(health, "log_folder", lambda _: tmp_path)
-    monkeypatch.setattr(health, "time", SimpleNamespace(time=lambda: now[-1]))
+    monkeypatch.setattr(health, "time", SimpleNamespace(time=lambda: now[-1], monotonic=lambda: 0.0))
     idle = saw(quiet=86400, waiting=0)
 
     def ask(*answers, every=HANG / 2, before=idle, after=idle):
@@ -295,7 +326,7 @@ def asked(monkeypatch, tmp_path):
         monkeypatch.setattr(health, "generate_token", lambda *_: (looks.append(after), left.pop(0))[1])
         while left:
             looks.append(before)
-            states.append(verdict(health._ask_head({"HANG_S": str(HANG)}, None, None)).state)
+            states.append(verdict(health._ask_head({"HANG_S": str(HANG)}, None, None, ASK_S)).state)
             now.append(now[-1] + every)
         return states
 
@@ -303,7 +334,7 @@ def asked(monkeypatch, tmp_path):
 
 
 def test_a_move_during_the_wait_for_the_token_counts(asked):
-    """The first token after an idle hour may be late. Ranks that work meanwhile are no hang."""
+    """The first token after an idle hour may be late. Counters that move meanwhile are no hang."""
     assert asked(*[SILENT] * 9, before=saw(quiet=3600), after=saw(quiet=1))[-1] is State.BUSY
 
 
@@ -323,29 +354,24 @@ def test_a_refused_connection_is_no_wait(asked):
     assert asked(SILENT, SILENT, REFUSED, SILENT, SILENT)[-1] is State.BUSY
 
 
-def there(*addresses):
-    """The nodes with these addresses, as Ray tells them."""
-    return [SimpleNamespace(address=at) for at in addresses]
-
-
 @pytest.fixture
 def looked(asked, monkeypatch):
     """Health's answers when recorder and Ray tell these, and how often Ray was asked."""
 
-    def look(record, *addresses, error=None, answer=SILENT, told=()):
-        calls, pages = [], list(told)
+    def look(record, *addresses, error=None, answer=SILENT, told=None):
+        calls = []
 
-        def ask(_):
-            calls.append(1)
+        def ask(_, seconds):
+            calls.append(seconds)
             if error:
                 raise error
-            return there(*addresses)
+            return list(addresses)
 
-        monkeypatch.setattr(health, "read_metrics", lambda _: pages.pop(0) if pages else None)
+        monkeypatch.setattr(health, "read_metrics", lambda _: told)
         monkeypatch.setattr(health, "generate_token", lambda *_: answer)
         monkeypatch.setattr(health, "read_recorded", lambda _: record)
-        monkeypatch.setattr(health, "ask_nodes", ask)
-        return health._ask_head({"HANG_S": str(HANG)}, None, None), len(calls)
+        monkeypatch.setattr(health, "alive_addresses", ask)
+        return health._ask_head({"HANG_S": str(HANG)}, None, None, ASK_S), len(calls)
 
     return look
 
@@ -365,10 +391,8 @@ def test_ray_is_asked_after_a_missed_look(looked):
 
 
 def test_the_queue_is_shown_without_a_token(looked):
-    """The numbers come from the last metrics that were read during the wait."""
-    pages = [Metrics(1, 4, frozenset()), Metrics(1, 3, frozenset())]
-    assert "(1 requests run, 3 wait)" in verdict(looked(saw(), told=pages)[0]).why
-    assert "(1 requests run, 4 wait)" in verdict(looked(saw(), told=[pages[0], None])[0]).why
+    """The numbers come from the metrics that were read during the wait."""
+    assert "(1 requests run, 3 wait)" in verdict(looked(saw(), told=Metrics(1, 3, frozenset()))[0]).why
 
 
 @pytest.fixture
@@ -377,7 +401,7 @@ def on(monkeypatch):
 
     def put(status, **env):
         container = SimpleNamespace(status=status, attrs={"Config": {"Env": [f"{k}={v}" for k, v in env.items()]}})
-        monkeypatch.setattr(health, "node_container", lambda: container if status else None)
+        monkeypatch.setattr(health, "node_container", lambda *_: container if status else None)
         monkeypatch.setattr(health, "_ask_gpu", lambda *_: (True, "NVIDIA GB10"))
 
     return put
@@ -411,6 +435,49 @@ def test_a_worker_names_the_head(on):
     on("running", **EARLIER | {"VLLM_HOST_IP": WORKER})
     with pytest.raises(Exit, match=r"This node is a worker \(10.0.0.2\). Type the same command on the head, 10.0.0.1."):
         health.look({})
+
+
+def no_docker(*_, **__):
+    """Fails as a question to a Docker Engine that hangs does."""
+    raise Exit("Docker cannot be reached: timed out. Type: systemctl status docker")
+
+
+def test_a_docker_engine_that_does_not_answer_is_unknown(on, monkeypatch, capsys):
+    """The state is `unknown`, for programs too, whether Docker names no container or runs nothing in it."""
+    on("running", **EARLIER | {"NODE_RAY_REPOSITORY": "sha"})
+    monkeypatch.setattr(health, "read_recorded", lambda _: saw())
+    for question in ("ask_server", "node_container"):
+        monkeypatch.setattr(health, question, no_docker)
+        assert health.report_health({}, as_json=True) is State.UNKNOWN
+        told = json.loads(capsys.readouterr().out)
+        assert (told["why"], told["next"]) == ("Docker cannot be reached: timed out.", "systemctl status docker")
+
+
+def test_ray_is_asked_while_the_token_is_awaited(asked, monkeypatch):
+    """The two have one time limit together, which is the limit of `inv health`."""
+    begun, limits = threading.Event(), []
+    monkeypatch.setattr(health, "read_recorded", lambda _: saw(unseen=True))
+    monkeypatch.setattr(health, "generate_token", lambda *words: (limits.append(words[-1]), begun.wait(5), SILENT)[2])
+    monkeypatch.setattr(health, "alive_addresses", lambda _, limit: (limits.append(limit), begun.set(), [HEAD])[2])
+    found = health._ask_head({"HANG_S": str(HANG)}, None, None, ASK_S - 0.5)
+    assert begun.is_set() and found.nodes == [HEAD] and sorted(limits) == [3, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("INFO one\nINFO two\n", ""),
+        (f"(EngineCore) INFO {STARVED} found in 60 seconds. This typically\nGET\n", f"{STARVED} found in 60 seconds."),
+        (f"{STARVED} found in 60 seconds. This\n{STARVED} found in 120", f"{STARVED} found in 120."),
+        (f"{STARVED} found\n" + "x" * LOG_END, ""),
+    ],
+    ids=["none", "one", "the last", "long ago"],
+)
+def test_the_log_s_last_word_about_starving_ranks(text, sentence, asked, tmp_path):
+    """vLLM's own sign of a hang is said with it, unless the log has gone on since. A missing log has none."""
+    assert health._starved(tmp_path / "serve.log") == ""
+    (tmp_path / "serve.log").write_text(text)
+    assert health._starved(tmp_path / "serve.log") == sentence
 
 
 @pytest.fixture

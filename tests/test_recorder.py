@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from cluster.recorder import LOAD, WORK, Recorded
+from cluster.recorder import LOAD, Recorded
 from cluster.repository import ROOT
 
 GIB = 2**30
@@ -203,7 +203,7 @@ def test_ranks_are_known_by_their_titles(recorder):
     for number, name in enumerate(names):
         recorder.psutil.add(10 + number, name, spent=1.5)
     told = recorder.Gauge().look()
-    assert told == LINE | {"ranks": 2, "cpu": 3.0, "gpu": None, "down": []}
+    assert told == LINE | {"ranks": 2, "cpu": 3.0, "compilers": 0, "gpu": None, "down": []}
 
 
 @pytest.mark.parametrize("age", [2.1, -2.1, None])
@@ -224,7 +224,18 @@ def test_a_rank_that_waits_for_its_compiler_works(recorder):
     recorder.psutil.add(11, "ninja", parent=10, spent=0.5, collected=20)
     recorder.psutil.add(10, "ray::RayWorkerW", spent=1)
     told = recorder.Gauge().look()
-    assert (told["ranks"], told["cpu"]) == (1, 81.5)
+    assert (told["ranks"], told["cpu"], told["compilers"]) == (1, 81.5, 80.5)
+
+
+def test_a_compiler_is_known_by_its_name(recorder):
+    """A rank that spins, its other children, and somebody else's compiler do not count. Compilers that ended do."""
+    recorder.psutil.add(10, "ray::RayWorkerP", spent=1000, collected=3)
+    recorder.psutil.add(11, "python3", parent=10, spent=500)
+    recorder.psutil.add(12, "cc1plus", parent=1, spent=50)
+    assert recorder.Gauge().look()["compilers"] == 3
+    recorder.psutil.add(13, "ptxas", parent=10, spent=2)
+    recorder.psutil.add(15, "sh", parent=13, spent=1)
+    assert recorder.Gauge().look()["compilers"] == 6
 
 
 def test_links_that_are_not_up_are_reported(recorder, monkeypatch):
@@ -416,7 +427,7 @@ def followed(recorder, clock, monkeypatch):
     """Reads a made-up page of metrics as often as there are answers; returns the counters' seconds after each."""
 
     def follow(*answers):
-        left, seen = list(answers), []
+        left, seen, pauses = list(answers), [], []
 
         def opened(*_, **__):
             answer = left.pop(0)
@@ -426,7 +437,8 @@ def followed(recorder, clock, monkeypatch):
 
         def sleep(seconds):
             seen.append(counters.seconds())
-            clock.at += seconds
+            pauses.append(seconds)
+            clock.at += 15
             if not left:
                 raise StopIteration
 
@@ -437,14 +449,18 @@ def followed(recorder, clock, monkeypatch):
         assert counters.seconds() == {"counters": 0, "waiting": 0}
         with pytest.raises(StopIteration):
             counters.follow()
-        return SimpleNamespace(**{name: [told[name] for told in seen] for name in ("counters", "waiting")})
+        told = {name: [told[name] for told in seen] for name in ("counters", "waiting")}
+        return SimpleNamespace(**told, pauses=pauses, running=counters.running, answered=counters.answered)
 
     return follow
 
 
-def page(tokens=7, running=0, waiting=0, processor=1):
-    """The metrics of a server with so many requests, on the second of its engines."""
-    return f"""vllm:num_requests_running{{engine="0"}} 0.0
+def page(tokens=7, running=0, waiting=0, processor=1, answered=0):
+    """The metrics of a server with so many requests, on the second of its engines. answered: how many it answered."""
+    return f"""vllm:request_success_total{{engine="0",finished_reason="stop",model_name="tiny"}} 0.0
+vllm:request_success_total{{engine="1",finished_reason="length",model_name="tiny"}} {answered}.0
+vllm:request_success_created{{engine="1",finished_reason="length",model_name="tiny"}} 1.7822e+09
+vllm:num_requests_running{{engine="0"}} 0.0
 vllm:num_requests_running{{engine="1"}} {running}.0
 vllm:num_requests_waiting{{engine="1"}} {waiting}.0
 vllm:prompt_tokens_total{{engine="1"}} {tokens}
@@ -456,12 +472,26 @@ REFUSED, LATE = ConnectionRefusedError(111, "Connection refused"), TimeoutError(
 
 
 def test_counters_that_change_have_moved(followed):
-    """Tokens and the KV cache count. Other samples do not, however many requests wait."""
+    """Tokens, answers and the KV cache count. Other samples do not, however many requests wait."""
     pages = [(7, 0, 1), (7, 1, 1), (7, 2, 2), (8, 2, 2), (8, 0, 3)]
     told = followed(*(page(tokens, running, processor=spent) for tokens, running, spent in pages))
     assert told.counters == [0, 15, 30, 0, 15]
     caches = [f"vllm:{name}_cache_usage_perc 0.{part}\n" for name in ("kv", "gpu") for part in (1, 2)]
     assert followed(*(page() + cache for cache in caches)).counters == [0, 0, 0, 0]
+    assert followed(*(page(answered=answers) for answers in (3, 4, 4))).counters == [0, 0, 15]
+
+
+def test_the_first_answer_is_known_by_the_servers_own_count(followed):
+    """A recorder that was started again knows it, too. The metrics that say when a count began are not counts."""
+    assert not followed(page(running=1)).answered and followed(page(answered=1)).answered
+    told = followed(page(running=2, answered=1), LATE)
+    assert told.answered and told.running == 2
+
+
+def test_counters_that_move_are_read_more_often(followed):
+    """Each reading is a line in the server's log, which a server that idles or hangs must not fill."""
+    told = followed(*(page(tokens, running=1) for tokens in (1, 2, 3, 3, 3, 3)))
+    assert told.pauses == [2, 2, 2, 7.5, 15, 15] and told.counters == [0, 0, 0, 15, 30, 45]
 
 
 def test_no_request_waits_for_an_idle_server(followed):
@@ -513,7 +543,7 @@ def test_half_an_answer_does_not_end_the_reading(followed):
 def node(**other):
     """What a node's gauge says while the node idles."""
     memory = LINE | {"available": 20 * GIB, "lowest": other.get("available", 20 * GIB)}
-    return memory | {"ranks": 1, "cpu": 5.0, "gpu": 0, "down": []} | other
+    return memory | {"ranks": 1, "cpu": 5.0, "compilers": 0, "gpu": 0, "down": []} | other
 
 
 def two(**other):
@@ -539,12 +569,17 @@ def moved(found):
     return {name for name, seconds in found.items() if not seconds}
 
 
+def work():
+    """All things that `health` may look at while requests are answered."""
+    return {thing for answered in (False, True) for thing in Recorded({}, {}, answered=answered).work}
+
+
 def test_a_cluster_on_which_nothing_moves_is_still(noted):
     """Everything that `health` judges is noted. On idle nodes it stands still, even without a log or a server."""
     found = noted(*[two()] * 5)
-    nodes = {f"{thing} {address}" for thing in ("cpu", "memory") for address in BOTH}
-    assert set(found) == {*nodes, "gpu", "log", "server_cpu"} and set(found.values()) == {20}
-    assert {*WORK, *LOAD} - {name.partition(" ")[0] for name in found} == {"counters"}
+    nodes = {f"{thing} {address}" for thing in ("cpu", "compiler", "memory") for address in BOTH}
+    assert set(found) == {*nodes, "gpu", "log", "server_cpu", "api_cpu"} and set(found.values()) == {20}
+    assert {*work(), *LOAD} - {name.partition(" ")[0] for name in found} == {"counters"}
 
 
 @pytest.mark.parametrize(
@@ -553,13 +588,14 @@ def test_a_cluster_on_which_nothing_moves_is_still(noted):
         ({"memory 10.0.0.2"}, two(available=20 * GIB - 64 * 2**20)),
         ({"cpu 10.0.0.2"}, two(cpu=5.5)),
         ({"cpu 10.0.0.2"}, two(cpu=1.0)),
+        ({"compiler 10.0.0.2"}, two(compilers=0.5)),
         ({"gpu"}, two(gpu=5)),
         ({"cpu 10.0.0.2", "memory 10.0.0.2"}, {BOTH[0]: node(), BOTH[1]: None}),
     ],
-    ids=["memory", "cpu", "rank ended", "gpu", "no answer"],
+    ids=["memory", "cpu", "rank ended", "compiler", "gpu", "no answer"],
 )
 def test_one_node_that_moves_is_noted(things, last, noted):
-    """A move of one node is enough. A node that does not answer does not count as still."""
+    """A move of one node is enough. A node that does not answer counts as still for its compilers alone."""
     found = noted(*[two()] * 4, last)
     assert moved(found) == things and {found[name] for name in set(found) - things} == {20}
     assert {Recorded(last, found).quiet(name.partition(" ")[0]) for name in things} == {0}
@@ -597,6 +633,9 @@ def test_the_servers_own_processes_and_log_are_noted(noted, recorder, tmp_path):
     (tmp_path / "serve.log").write_text(".")
     found = noted(two())
     assert moved(found) == {"server_cpu", "log"} and {found[f"cpu {address}"] for address in BOTH} == {25}
+    assert found["api_cpu"] == 25, "an engine core that waits for a rank spins"
+    recorder.psutil.add(79, "VLLM::APIServer_1", 10, parent=SERVER)
+    assert moved(noted(two())) == {"server_cpu", "api_cpu"}
 
 
 # --- The recorder ----------------------------------------------------------------------------------------------------
@@ -621,7 +660,8 @@ def recorded(recorder, clock, monkeypatch, tmp_path, capsys):
 
         monkeypatch.setattr(recorder, "start_gauges", lambda: gauges or dict.fromkeys(BOTH))
         monkeypatch.setattr(recorder, "ask", ask)
-        counters = SimpleNamespace(seconds=lambda: {"counters": 45, "waiting": 30}, lines=api)
+        quiet = {"counters": 45, "waiting": 30}
+        counters = SimpleNamespace(seconds=lambda: quiet, running=3, answered=True, lines=api)
         monkeypatch.setattr(recorder, "Counters", lambda _: counters)
         monkeypatch.setattr(recorder, "runs", lambda group: group == SERVER and bool(left) and not ended)
         monkeypatch.setattr(recorder, "end", lambda group, *why: ended.append(group) or told.extend(why))
@@ -689,8 +729,10 @@ def test_every_look_is_kept(recorded, clock, tmp_path):
     assert vars(found)["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 7 * GIB}
     assert found.vitals["at"] == clock.time() - 1 and found.vitals["nodes"] == two(available=8 * GIB, gpu=None)
     assert found.vitals["quiet"].items() >= {"log": 2, "counters": 45, "waiting": 30}.items()
-    assert {name.partition(" ")[0] for name in found.vitals["quiet"]} == {*WORK, *LOAD, "waiting"}
-    assert set(found.vitals) == {"at", "nodes", "quiet", "silent", "before", "floor"} and found.vitals["floor"] == 5
+    assert {name.partition(" ")[0] for name in found.vitals["quiet"]} == {*work(), *LOAD, "waiting"}
+    told = {"at", "nodes", "quiet", "silent", "before", "floor", "running", "answered"}
+    assert set(found.vitals) == told and found.vitals["floor"] == 5
+    assert (found.vitals["running"], found.vitals["answered"]) == (3, True)
     assert not list(tmp_path.glob("*.new"))
 
 

@@ -4,9 +4,13 @@
     askers = {node["NodeID"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
     answers = every.gather({key: asker.facts.remote() for key, asker in askers.items()}, seconds=15)
 
+Run as a script, this file prints the addresses of the alive nodes as JSON.
+
 `Asker` belongs to the script that is run, so Ray copies it to the nodes. Keep the actors in a variable until the
 answers are there: Ray ends an actor that nothing refers to.
 """
+
+import json
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,3 +37,7 @@ def gather(asked, seconds):
         except Exception as error:
             answers[key] = error
     return answers
+
+
+if __name__ == "__main__":
+    print(json.dumps([node["NodeManagerAddress"] for node in nodes()]))

@@ -30,35 +30,56 @@ import ray
 GIB = 2**30
 # An idle rank stays below these: a share of one processor, percent of a GPU, bytes of memory.
 BUSY_CPU, BUSY_GPU, MOVED_BYTES = 0.1, 5, 64 * 2**20
-CPU_S, GPU_S, METRICS_S = 4, 5, 15
+CPU_S, GPU_S = 4, 5
 GUARD, STALE_S, SILENT_S = "/dev/shm/node-memory.json", 2, 10
 # The CUDA driver of a GB10 takes free pages. Below so many bytes it failed, or a load slowed down twentyfold, although
 # the page cache would have been given back.
 FREE_BYTES = 8 * GIB
 HUB = os.path.expanduser("~/.cache/huggingface/hub")
-MOVING = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:kv_cache_usage", "vllm:gpu_cache_usage")
+# The counters are read every 2 s while they move. The server's log gets a line for each reading, so a server that
+# stands still is read less often, down to every 15 s.
+METRICS_S, STILL_METRICS_S = 2, 15
+RUNNING, WAITING, ANSWERED = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:request_success_total"
+MOVING = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:kv_cache_usage", "vllm:gpu_cache_usage", ANSWERED)
+# The first letters of the programs that compile kernels for PyTorch, Triton and FlashInfer.
+COMPILERS = ("nvcc", "cicc", "cudafe", "ptxas", "fatbinary", "nvlink", "ninja", "cc1", "collect2", "gcc", "g++", "c++")
 # A server that ends in order has no process left after its first one. An OOM killer ends the first one alone.
 GONE_S = 2
 # After the server's end the recorder waits so long for the ranks to be gone and for the memory, but for SPARE_BYTES.
 SETTLE_S, SPARE_BYTES = 60, 2 * GIB
-REQUESTS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 # --- What a node does ------------------------------------------------------------------------------------------------
 
 
-def processor_time(wanted):
-    """Return the number of wanted processes, and the seconds of processor time that they and their descendants took.
+def family(wanted, found=None):
+    """Return the wanted processes and their descendants among those found (None: all), by id."""
+    if found is None:
+        found = {one.pid: one.info for one in psutil.process_iter(["name", "ppid", "cpu_times"])}
+    ids = {pid for pid, info in found.items() if wanted(pid, info["name"])}
+    while more := {pid for pid, info in found.items() if info["ppid"] in ids} - ids:
+        ids |= more
+    return {pid: found[pid] for pid in ids}
 
-    Descendants are included because a rank that waits for a compiler is at work.
+
+def processor_time(processes):
+    """Return the seconds of processor time that these processes took, and their children that have ended."""
+    return sum(sum(info["cpu_times"][:4]) for info in processes.values())
+
+
+def is_rank(_, name):
+    # A rank's class in vLLM is RayWorkerWrapper (the older) or RayWorkerProc, and Ray names the process after it.
+    return name.startswith("ray::RayWorker")
+
+
+def compiler_time(processes):
+    """Return the seconds of processor time that the compilers among these processes took, and all ended children.
+
+    Triton's ptxas runs for less than a second, so often only its parent shows that it ran.
     """
-    found = {one.pid: one.info for one in psutil.process_iter(["name", "ppid", "cpu_times"])}
-    family = {pid for pid, info in found.items() if wanted(pid, info["name"])}
-    count = len(family)
-    while more := {pid for pid, info in found.items() if info["ppid"] in family} - family:
-        family |= more
-    # user, system, and both for children that have ended
-    return count, sum(sum(found[pid]["cpu_times"][:4]) for pid in family)
+    compilers = family(lambda _, name: name.startswith(COMPILERS), processes)
+    others = processes.keys() - compilers.keys()
+    return processor_time(compilers) + sum(sum(processes[pid]["cpu_times"][2:4]) for pid in others)
 
 
 class Gauge:
@@ -81,12 +102,12 @@ class Gauge:
         return told
 
     def look(self):
-        # A rank's class in vLLM is RayWorkerWrapper (the older) or RayWorkerProc, and Ray names the process after it.
-        ranks, seconds = processor_time(lambda _, name: name.startswith("ray::RayWorker"))
+        ranks = family(is_rank)  # with the descendants, because a rank that waits for a compiler is at work
         links = psutil.net_if_stats()
         return self.memory() | {
-            "ranks": ranks,
-            "cpu": seconds,
+            "ranks": sum(is_rank(pid, info["name"]) for pid, info in ranks.items()),
+            "cpu": processor_time(ranks),
+            "compilers": compiler_time(ranks),
             "gpu": self.gpu,
             "down": [name for name in self.interfaces if name not in links or not links[name].isup],
         }
@@ -170,10 +191,17 @@ class Stillness:
         for address, node in nodes.items():
             self.see(f"memory {address}", node and node["available"], MOVED_BYTES)
             self.see_cpu(f"cpu {address}", node and node["cpu"])
+            compiler = f"compiler {address}"
+            # A node that does not answer shows no compiler at work, so here a missing answer counts as standing still.
+            self.see_cpu(compiler, node["compilers"] if node else self.marks.get(compiler, (0, 0))[0])
         # A GPU at work moves at every look.
         working = any(node and (node["gpu"] or 0) >= BUSY_GPU for node in nodes.values())
         self.see("gpu", self.marks.get("gpu", 0) + working, 1)
-        self.see_cpu("server_cpu", processor_time(lambda pid, _: pid == server)[1])
+        processes = family(lambda pid, _: pid == server)
+        self.see_cpu("server_cpu", processor_time(processes))
+        # The engine core spins while it waits for a rank. What remains unpacks prompts and answers clients.
+        engine = family(lambda _, name: "EngineCore" in name, processes)
+        self.see_cpu("api_cpu", processor_time(processes) - processor_time(engine))
         self.see("log", os.path.getsize(log) if os.path.exists(log) else 0, 1)
 
     def seconds(self):
@@ -183,11 +211,12 @@ class Stillness:
 class Counters:
     """The seconds for which the API's counters have not moved, and for which requests waited or the API was silent.
 
-    Both are needed to call a server hung, because the counters of an idle server do not move either.
+    Both are needed to call a server hung, because the counters of an idle server do not move either. `running`: how
+    many requests run. `answered`: whether a request was answered since the server's start.
     """
 
     def __init__(self, url):
-        self.url, self.lines = url, None
+        self.url, self.lines, self.running, self.answered = url, None, 0, False
         self.moved = self.idle = self.seen = time.monotonic()
         # A thread, because a server that hangs does not answer.
         threading.Thread(target=self.follow, daemon=True).start()
@@ -198,13 +227,14 @@ class Counters:
             try:
                 with opener.open(f"{self.url}/metrics", timeout=3) as answer:
                     lines = answer.read().decode().splitlines()
-                requests = sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(REQUESTS))
-                self.note([line for line in lines if line.startswith(MOVING)], requests > 0)
+                self.running, waiting, answered = (total(lines, name) for name in (RUNNING, WAITING, ANSWERED))
+                self.answered = answered > 0
+                self.note([line for line in lines if line.startswith(MOVING)], self.running + waiting > 0)
             except urllib.error.HTTPError:
                 self.note(self.lines, False)  # the server answers, but refuses its metrics
             except Exception:
                 self.note(self.lines, True)  # not up yet, hung, or half an answer
-            time.sleep(METRICS_S)
+            time.sleep(min(STILL_METRICS_S, max(METRICS_S, (self.seen - self.moved) / 2)))
 
     def note(self, lines, waits):
         now = time.monotonic()
@@ -214,6 +244,10 @@ class Counters:
 
     def seconds(self):
         return {"counters": max(0, self.seen - self.moved), "waiting": max(0, self.seen - self.idle)}
+
+
+def total(lines, name):
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 # --- The recorder ----------------------------------------------------------------------------------------------------
@@ -341,7 +375,7 @@ def record(pid_file, folder, url, floor, drop):
         quiet = still.seconds() | counters.seconds()
         silence = {address: now - since for address, since in silent.items()}
         told = {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence, "before": before, "floor": floor}
-        keep(f"{folder}/vitals.json", told)
+        keep(f"{folder}/vitals.json", told | {"running": counters.running, "answered": counters.answered})
         if drop and model and alive and counters.lines is None:  # the API does not answer yet, so the model loads
             evict(gauges, nodes, model, evicting)
         time.sleep(1)

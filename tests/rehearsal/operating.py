@@ -86,3 +86,11 @@ def settled(condition: Callable[[], bool], seconds: float = 3) -> bool:
             break
         time.sleep(0.3)
     return held
+
+
+def slowness() -> float:
+    """How many times longer than its processor time a piece of work takes here: 1 on a machine with nothing to do."""
+    wall, cpu = time.monotonic(), time.process_time()
+    while (spent := time.process_time() - cpu) < 0.5:
+        pass
+    return (time.monotonic() - wall) / spent

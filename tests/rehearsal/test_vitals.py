@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from client import TOKENS
-from operating import KEY, SHELL, containers, inv, serving, settled
+from operating import KEY, SHELL, containers, inv, serving, settled, slowness
 
 from rehearsal.flow import ALLOW
 from rehearsal.hosts import INV, Host
@@ -54,14 +54,6 @@ def becomes(pair, code: int, seconds: float = 60, **env: str) -> str:
     said: list[tuple[int, str]] = []
     assert wait(lambda: said.append(health(pair, **env)) or said[-1][0] == code, seconds, pause=0.5), said
     return said[-1][1]
-
-
-def slowness() -> float:
-    """How many times longer than its processor time a piece of work takes here: 1 on a machine with nothing to do."""
-    wall, cpu = time.monotonic(), time.process_time()
-    while (spent := time.process_time() - cpu) < 0.5:
-        pass
-    return (time.monotonic() - wall) / spent
 
 
 def freeze(host: Host, name: str) -> None:
@@ -175,13 +167,14 @@ def test_200_requests_at_once_while_health_is_asked_every_second(pair):
 
 
 def test_a_long_prompt_is_busy_and_never_hung(pair):
-    """The prefill takes many times HANG_S. Something moves all the time, so the state is never hung."""
+    """The prefill takes several times HANG_S. The KV cache fills with each step, so the state is never hung."""
     client = pair[1].popen(sys.executable, "-c", LONG, URL, env={"KEY": KEY}, stdout=subprocess.PIPE, text=True)
-    becomes(pair, 10, HANG_S="2")  # once the prefill has begun
+    becomes(pair, 10, HANG_S="6")  # once the prefill has begun
     states = []
-    while client.poll() is None and len(states) < 5:
-        states.append(health(pair, HANG_S="2"))
-    assert len(states) == 5 and {code for code, _ in states} == {10}, states
+    while client.poll() is None:
+        states.append(health(pair, HANG_S="6"))
+    # The last look may come after the prompt.
+    assert len(states) >= 5 and {code for code, _ in states[:-1]} == {10} and states[-1][0] in (0, 10), states
     assert client.wait(300) == 0 and client.stdout.read().strip() == "90000"
     becomes(pair, 0)
 
