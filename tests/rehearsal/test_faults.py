@@ -83,6 +83,27 @@ def test_a_missing_image_is_named(sparks):
     assert done.returncode != 0 and "no image local/none (shell)" in done.stderr and "inv build-image" in done.stderr
 
 
+def test_an_image_that_nobody_here_built(sparks, terminal):
+    """An image without our labels is asked for its Ray: refused without one, and taken with one, as NGC's 25.11 is."""
+    spark, ours = sparks[0], "rehearsal/vllm-ray"
+    listed = spark.run("docker", "image", "ls", "--filter", "reference=rehearsal/vllm", "--format", "{{.Tag}}")
+    bare = f"rehearsal/vllm:{listed.stdout.split()[0]}"
+    refused = inv(spark, "head", VLLM_IMAGE=bare)
+    assert refused.returncode != 0
+    assert f"{bare} (shell) has no Ray. Type: inv build-image --base-image {bare} --tag local/" in refused.stderr
+    unlabelled = "LABEL ray.version= org.opencontainers.image.base.digest="
+    spark.run("docker", "create", "--name", "made", ours, "true")
+    spark.run("docker", "commit", "--change", unlabelled, "made", "rehearsal/pulled")
+    spark.run("docker", "rm", "made")
+    image = {"VLLM_IMAGE": "rehearsal/pulled"}
+    head = terminal(spark, "head", "--model", "rehearsal", **image)
+    head.until("Ray runtime started")
+    checked = inv(spark, "check", "--model", "rehearsal", **image)
+    head.end(signal.SIGTERM)
+    spark.run("docker", "image", "rm", "rehearsal/pulled")
+    assert "WARNING image: inv build-image did not make the image of 10.0.0.1" in checked.stderr
+
+
 def test_an_engine_that_does_not_answer_is_named(sparks):
     """The message has the command that starts Docker."""
     done = inv(sparks[0], "head", DOCKER_HOST="unix:///nowhere.sock")
@@ -185,12 +206,14 @@ def test_cleanup_asks_a_person(sparks, terminal):
 
 
 def test_somebody_elses_container_is_not_ours(sparks):
-    """node-exporter stays. A container named node- and digits, as in the article, is removed."""
+    """node-exporter stays. The head refuses beside node- and digits, as in the article, and cleanup removes it."""
     for name in ("node-exporter", "node-17"):
         sparks[0].run("docker", "create", "--name", name, "rehearsal/vllm-ray", "true")
+    refused = inv(sparks[0], "head")
     done = inv(sparks[0], "cleanup", "--yes")
     left = containers(sparks[0])
     sparks[0].run("docker", "rm", "node-exporter")
+    assert refused.returncode != 0 and "A node-17 is here already (created" in refused.stderr
     assert "node-17" in done.stderr and left == "node-exporter created"
 
 
