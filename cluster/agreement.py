@@ -142,8 +142,7 @@ def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """Warn of an image without the label of its base, which `inv build-image` writes."""
     for node, image in _told(nodes[:1], "image"):
         if not image.partition(" ")[2]:
-            text = f"inv build-image did not make the image of {node.address}, so its base is unknown. To use it as a "
-            yield Finding("image", f"{text}base: {image_line(settings, has=True)}", refuses=False)
+            yield Finding("image", f"Nothing says what the image of {node.address} was made of.", refuses=False)
 
 
 # --- The other rules --------------------------------------------------------------------------------------------------

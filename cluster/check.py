@@ -14,7 +14,7 @@ from cluster.agreement import Node, ask_nodes, find_disagreements
 from cluster.command import say
 from cluster.fabric import ask_fabric, fabric_findings, fabric_summary, link_rate
 from cluster.finding import Finding
-from cluster.memory import SPARK, Budget, NodeMemory, budget_rows, in_gib, memory_budgets
+from cluster.memory import SPARK, Budget, NodeMemory, beyond_limit, budget_rows, in_gib, memory_budgets
 from cluster.node import HF_CACHE, mounts
 from cluster.options import gated, given_options, known_options
 from cluster.recorder import settle
@@ -60,16 +60,16 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
     if server and server.alive:
         said = [*said, _occupied(server, nodes)]
     else:
-        memory = [node_memory(node) for node in nodes]
-        budgets, short = memory_budgets(settings, memory, known.vllm, Path(mounts(settings)[HF_CACHE]))
-        found += short
+        memory, cache = [node_memory(node) for node in nodes], Path(mounts(settings)[HF_CACHE])
+        budgets, short = memory_budgets(settings, memory, known.vllm, cache)
+        found, said = [*found, *short], [*said, *beyond_limit(settings, cache)]
     return Inspection(settings, nodes, budgets, sorted(found, key=lambda one: RULES.index(one.rule)), said)
 
 
 def foresee(settings: ModelSettings) -> Inspection:
     """Compute the memory of one of the article's Sparks. No node is asked."""
     budgets, unfit = memory_budgets(settings, [SPARK], "0.21.0", None)  # the vLLM of NGC's 26.05.post1
-    return Inspection(settings, (), budgets, unfit)
+    return Inspection(settings, (), budgets, unfit, beyond_limit(settings))
 
 
 def proved(found: Inspection, head: Container) -> Inspection:
@@ -130,7 +130,7 @@ def tell_inspection(found: Inspection, allowed: Sequence[str] = ()) -> None:
 
 def foretell(found: Inspection) -> None:
     """Print the memory of one of the article's Sparks. Nothing is refused, because no node was asked."""
-    say("Memory of each node, computed for a Spark as the article had two:", *_table(found))
+    say(*found.said, "Memory of each node, computed for a Spark as the article had two:", *_table(found))
     for one in found.findings:
         say(f"{'WOULD BE REFUSED' if one.refuses else 'WARNING'} {one.rule}: {one.text}")
 

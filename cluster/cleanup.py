@@ -19,7 +19,7 @@ def clean_up(settings: Settings, yes: bool) -> None:
         say(f"{container.name}: {container.status}, {age} old, image {image}")
     for program, port in (("Ray", RAY_PORT), ("API", int(settings["PORT"]))):
         obstacle = port_obstacle("0.0.0.0", port)
-        say(f"{program}: {obstacle or f'port {port} is free'}", *([] if found else freeing(obstacle)))
+        say(f"{program}: {obstacle or f'port {port} is free'}{'' if found else freeing(obstacle)}")
     if not found:
         return say("Nothing to remove.")
     names = [container.name for container in found]

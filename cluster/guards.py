@@ -60,10 +60,8 @@ def before_worker(settings: Settings, net: Network) -> None:
 
 def _check_docker(settings: Settings) -> None:
     name, origin = settings["VLLM_IMAGE"], settings.origin("VLLM_IMAGE")
-    for left in engine.our_containers():
-        raise Exit(
-            f"A {left.name} is here already ({left.status}, {engine.container_age(left)} old). Type: inv cleanup"
-        )
+    for one in engine.our_containers():
+        raise Exit(f"A {one.name} is here already ({one.status}, {engine.container_age(one)} old). Type: inv cleanup")
     labels = engine.image_labels(name)
     if labels is None:
         raise Exit(f"Docker has no image {name} ({origin}). Type: {image.image_line(settings, has=False)}")

@@ -179,6 +179,7 @@ class Shape:
     element: int
     state: State | None
     caches_all_states: bool
+    limit: int | None = None  # the model's own limit of the context in tokens
 
 
 def read_shape(config: dict[str, Any]) -> Shape:
@@ -213,7 +214,8 @@ def read_shape(config: dict[str, Any]) -> Shape:
     head_dim = number("head_dim") if config.get("head_dim") else number("hidden_size") // heads
     kv_heads = number("num_key_value_heads", default=heads)
     element = json_field(config, "dtype", "torch_dtype", read=MODEL_BYTES.__getitem__)
-    return Shape(layers, mtp, heads, kv_heads, head_dim, element, state, caches_all_states=kind == "nemotron_h")
+    limit = number("max_position_embeddings") if config.get("max_position_embeddings") else None
+    return Shape(layers, mtp, heads, kv_heads, head_dim, element, state, kind == "nemotron_h", limit)
 
 
 def json_field(fields: Mapping[str, Any], *keys: str, read: Callable[[Any], T], default: object = None) -> T:

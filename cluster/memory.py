@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cluster.finding import GIB, CannotKnow, Finding, vllm_version
 from cluster.kv_cache import Demand, Layout, Shape, cache_layout, json_field, read_demand, read_shape
+from cluster.models import read_values
 from cluster.node import HF_CACHE
 from cluster.repository import ROOT
 from cluster.server import serve_words
@@ -215,12 +216,11 @@ def memory_budgets(
     vllm: the version that will run. hf_cache: this host's Hugging Face folder. With None the profile alone is read.
     """
     model = settings.model
-    profile = ROOT / model.folder / f"{model.size}.json"
-    folder = checkpoint_folder(hf_cache, settings["MODEL_CKPT"]) if hf_cache else None
     try:
         demand = read_demand(serve_words(settings), vllm_version(vllm))
     except CannotKnow as error:
         return [], [Finding("memory-unknown", f"The memory that {model.name} takes is unknown. {error}")]
+    profile, folder = _figures(settings, hf_cache)
     shape, sizes, reason = read_model(profile, folder)
     layout, why = None, [reason, demand.unknown]
     try:
@@ -240,6 +240,26 @@ def memory_budgets(
             text += " With --kv-cache-memory-bytes vLLM takes more where the weights need more."
         found.insert(0, Finding("memory-unknown", text, refuses=False))
     return budgets, found
+
+
+def beyond_limit(settings: ModelSettings, hf_cache: Path | None = None) -> list[str]:
+    """Return a sentence if the context is longer than the model's own limit, max_position_embeddings."""
+    (shape, _, _), length = read_model(*_figures(settings, hf_cache)), int(settings["MAX_MODEL_LEN"])
+    if not shape or not shape.limit or length <= shape.limit:
+        return []
+    allowed = "1, so vLLM serves them; the answers may be worse"
+    if settings.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
+        allowed = f"not 1, so vLLM may refuse to start. Within it: {settings.line(MAX_MODEL_LEN=str(shape.limit))}"
+    limit = f"{length:,} tokens are beyond the model's own limit of {shape.limit:,} (max_position_embeddings)"
+    return [f"{limit}. VLLM_ALLOW_LONG_MAX_MODEL_LEN is {allowed}"]
+
+
+def _figures(settings: ModelSettings, hf_cache: Path | None) -> tuple[Path, Path | None]:
+    """Return the JSON file beside the profile, and the checkpoint's folder. Another MODEL_CKPT has no JSON file."""
+    model, checkpoint = settings.model, settings["MODEL_CKPT"]
+    own = checkpoint in [read_values(file).get("MODEL_CKPT") for file in model.profiles]
+    file = f"{model.folder}/{model.size}.json" if own else f"{model.folder}/{checkpoint.replace('/', '--')}.json"
+    return ROOT / file, checkpoint_folder(hf_cache, checkpoint) if hf_cache else None
 
 
 def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:

@@ -24,8 +24,8 @@ def plan_commands(settings: ModelSettings) -> list[Command]:
     if not any(link.up for link in found):
         say("This machine has no RoCE device that is up: the links are those that .env.example names.")
         found = _example_links()
-    token = token_file(settings) or f"none ({settings['RAY_AUTH_TOKEN_PATH']} is not here)"
-    say(f"Of this machine, and perhaps not of yours: the caches in {settings['CACHE_DIR']}, the token: {token}.")
+    token = token_file(settings) or "none"
+    say(f"Of this machine, and perhaps not of yours: the caches in {settings['CACHE_DIR']}, Ray's token: {token}.")
     planned = node.head_commands(settings, node.network(settings, found, head))
     for worker in workers:
         planned += node.worker_commands(settings, node.network(settings, found, worker))

@@ -43,12 +43,8 @@ def port_holder(port: int) -> str:
     return named or f"a process of another user (sudo ss -ltnp 'sport = :{port}' names it)"
 
 
-def freeing(obstacle: str) -> list[str]:
+def freeing(obstacle: str) -> str:
     """Return what to do about processes that hold a port and are in none of this project's containers."""
-    pids = " ".join(re.findall(r"process (\d+)", obstacle))
-    if not pids:
-        return []
-    return [
-        f"  No container of this project holds it. To see the process: ps -fp {pids.replace(' ', ',')}; to end it: "
-        f"sudo kill {pids}. A service starts again: systemctl status {pids.split()[0]} names it, for systemctl stop."
-    ]
+    pids = re.findall(r"process (\d+)", obstacle)
+    see, end = f"systemctl status {' '.join(pids)}", f"sudo kill {' '.join(pids)}, or sudo systemctl stop SERVICE"
+    return f". No container of this project holds it. To see what does: {see}; to end it: {end}" if pids else ""

@@ -236,10 +236,9 @@ class Settings(Mapping[str, str]):
         return replace(self, found={**self.found, **dict.fromkeys(names, Setting("", "", origin))})
 
     def line(self, task: str = "", **changed: str) -> str:
-        """Return the line that was typed, with these settings changed, or the line of another task for the same model.
+        """Return the typed line with these settings changed, or the line of another task for the same model.
 
-        Settings of the shell stand before it, because a setting may be typed for one command alone. No secret does. An
-        `up` brings up every node, so it stands for `head` and `worker` too.
+        The shell's settings stand before it, but no secret. `up` brings up every node, so it does for head and worker.
         """
         same = not task or self.typed[0] == "up"
         shell = {name: self.found[name].text for name in sorted(self) if self.origin(name) == "shell"}
@@ -311,10 +310,7 @@ def is_operators(origin: str) -> bool:
 
 
 def site_files(model: Model | None, named: str | None) -> dict[str, Path]:
-    """Return the operator's files by origin: `.env` of the model's folder and of the root, as far as they exist.
-
-    If ENV_FILE is set, only the file that it names counts, or none if it is empty.
-    """
+    """Return the operator's files by origin: the one in ENV_FILE if it is set, or the model's `.env` and the root's."""
     files = {".env": Path(named)} if named else {}
     if named is None:
         places = [f"{model.folder}/.env"] if model else []

@@ -146,7 +146,7 @@ def test_lines_whose_secrets_are_in_a_file_say_what_to_export(inv, env_file):
         assert hint.format("HF_TOKEN") in inv(line, VLLM_API_KEY="sk_marker").err
         assert "To paste" not in inv(line, VLLM_API_KEY="sk", HF_TOKEN="hf").err
     said = inv("plan --model nemotron").err
-    assert "the caches in /home/operator/.cache, the token: none (/home/operator/.ray/auth_token is not here)." in said
+    assert "the caches in /home/operator/.cache, Ray's token: none." in said
 
 
 def test_every_cache_has_a_mount(inv):

@@ -276,7 +276,9 @@ def test_cleanup_says_what_to_do_about_another_process(docker, ray_port, capfd, 
     cleanup.clean_up(load_settings(None, {}, {"ENV_FILE": "", "PORT": "1"}), False)
     said = capfd.readouterr().err
     assert f"Ray: port {ray_port} is held by " in said and "Nothing to remove." in said
-    assert f"No container of this project holds it. To see the process: ps -fp {os.getpid()}; to end it: " in said
+    assert (
+        f"No container of this project holds it. To see what does: systemctl status {os.getpid()}; to end it: " in said
+    )
     docker.containers = [Container()]
     operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "n"))
     _refused(cleanup.clean_up, False)

@@ -11,6 +11,7 @@ from cluster.kv_cache import Demand, cache_layout, kept_states, read_demand, sta
 from cluster.memory import (
     SPARK,
     NodeMemory,
+    beyond_limit,
     budget_rows,
     memory_budgets,
     memory_findings,
@@ -348,6 +349,32 @@ def test_unknown_memory_is_refused(sizes):
     node = NodeMemory("x", *sizes)
     assert rules(node=node) == ["MEMORY-UNKNOWN"]
     assert ("left for the host", "unknown") in budget_rows(budget(node=node)) or node.total == 0
+
+
+def test_a_profiles_figures_are_not_used_for_another_checkpoint():
+    """With another MODEL_CKPT the KV cache is unknown, which is a warning. The host's floor is judged as before."""
+    (budget,), (warning,) = memory_budgets(settings(MODEL_CKPT="a/b"), [SPARK], "0.21.0", None)
+    assert (budget.cache, budget.layout, warning.rule, warning.refuses) == (None, None, "memory-unknown", False)
+    assert "nemotron/a--b.json" in warning.text
+    same = settings(MODEL_CKPT="nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4")
+    assert memory_budgets(same, [SPARK], "0.21.0", None) == memory_budgets(settings(), [SPARK], "0.21.0", None)
+
+
+@pytest.mark.parametrize(
+    ("shell", "said"),
+    [
+        ({}, "1,048,576 tokens are beyond the model's own limit of 262,144 (max_position_embeddings). VLLM_ALLOW"),
+        ({"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "0"}, "is not 1, so vLLM may refuse to start. Within it: "),
+        ({"MAX_MODEL_LEN": "262144"}, None),
+        ({"MODEL_CKPT": "a/b"}, None),
+    ],
+)
+def test_a_context_beyond_the_models_own_limit_is_said(shell, said):
+    """vLLM refuses such a context after its start, unless a variable allows it. The line with the limit is offered."""
+    told = beyond_limit(settings(**shell))
+    assert len(told) == (said is not None) and all(said in one for one in told)
+    if "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in shell:
+        assert told[0].endswith("inv launch --model nemotron --max-len 262144")
 
 
 def test_pipeline_parallelism_is_warned_of():
