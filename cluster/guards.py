@@ -28,10 +28,11 @@ def before_head(settings: Settings, net: Network) -> None:
     """Refuse a head that is not at HEAD_NODE_IP, that lacks the image, or whose container name or port is taken."""
     address = settings["HEAD_NODE_IP"]
     if not is_own_address(address):
+        where = "on the head" if settings.typed[0] == "up" else "here"
         raise Exit(
-            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host "
-            f"({net.address}), so this node is a worker. Type here: {settings.line('worker')}; or the same command on "
-            f"the head. If this host is to be the head, set HEAD_NODE_IP={net.address} in .env on every node."
+            f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host, so this "
+            f"node is a worker. Type {where}: {settings.line('worker')}. If this host is to be the head: set "
+            f"HEAD_NODE_IP={net.address} in .env on every node."
         )
     if net.address != address:
         source = "VLLM_HOST_IP" if "VLLM_HOST_IP" in settings else "PRIMARY_IF"

@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -79,8 +80,11 @@ AT_HOME = Network(HERE, (), ("lo",))
 def test_a_head_is_where_its_address_is(docker):
     """If HEAD_NODE_IP is no address of this host, this node is a worker: the message has its line."""
     said = _refused(guards.before_head, AT_HOME, model="nemotron", HEAD_NODE_IP=ELSEWHERE, RDMA_HCAS="")
-    assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and f"({HERE}), so this node is a worker." in said
-    assert f"Type here: HEAD_NODE_IP={ELSEWHERE} RDMA_HCAS= inv worker --model nemotron; or" in said
+    assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and "so this node is a worker." in said
+    assert f"Type here: HEAD_NODE_IP={ELSEWHERE} RDMA_HCAS= inv worker --model nemotron." in said
+    up = replace(load_settings(find_model("nemotron"), {}, {"ENV_FILE": "", "HEAD_NODE_IP": ELSEWHERE}), typed=("up",))
+    with pytest.raises(Exit, match=rf"Type on the head: HEAD_NODE_IP={ELSEWHERE} inv up --model nemotron\."):
+        guards.before_head(up, AT_HOME)
 
 
 def test_a_head_uses_the_address_that_workers_dial(docker):

@@ -101,7 +101,8 @@ def test_an_alias_outlives_a_second_profile(root):
 
 
 def test_a_file_that_is_no_profile_is_no_model(root):
-    """A hidden file and a folder with the ending of a profile are passed over."""
+    """A hidden file, such as an operator's `.env`, and a folder are passed over. Git ignores each `.env`."""
+    assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
     write_profiles(root, "a/1.env", "a/.env", "a/.old.env")
     (root / "a/backup.env").mkdir()
     assert known_models() == {"a": Model("a", "1", "a")}
