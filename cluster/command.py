@@ -84,18 +84,17 @@ def template_names(name: str) -> frozenset[str]:
     environment = _templates()
     environment.get_template(name)  # finds also an unknown filter
     source, file, _ = environment.loader.get_source(environment, name)  # type: ignore[union-attr]  # _templates sets it
-    for line, kind, text in environment.lex(source):
-        if kind == "data" and (found := re.match(r"""([^'"\\]*)(['"\\])""", text)):
-            why = f"no {found[2]} may stand outside of {{{{ }}}}, because each value is quoted already"
-            raise TemplateSyntaxError(why, line + found[1].count("\n"), filename=file)
+    for at, kind, text in environment.lex(source):
+        if kind == "data" and (found := re.match(r"""([^'"\\]*)['"\\]""", text)):
+            raise TemplateSyntaxError("no quote or backslash is needed here", at + found[1].count("\n"), filename=file)
     tree = environment.parse(source)
     used = {word for word in meta.find_undeclared_variables(tree) if word.isupper()}
     for parent in filter(None, meta.find_referenced_templates(tree)):
         try:
             used |= template_names(parent)
         except (TemplateNotFound, RecursionError):
-            line = source[: source.find(parent)].count("\n") + 1
-            raise TemplateSyntaxError(f"{parent} is missing, or extends itself", line, filename=file) from None
+            at = source[: source.find(parent)].count("\n") + 1
+            raise TemplateSyntaxError(f"{parent} is missing, or extends itself", at, filename=file) from None
     return frozenset(used)
 
 

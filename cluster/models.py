@@ -66,8 +66,7 @@ def known_models() -> dict[str, Model]:
             name = _assigned([file]).get("ALIAS", name)
             other = tasks.setdefault(re.sub("[._]", "-", name), file)
             if other != file:
-                both = f"{file_label(file)} and {file_label(other)}"
-                raise Exit(f"{both} are both the model {name}. Rename one of the files.")
+                raise Exit(f"{file_label(file)} and {file_label(other)} are both the model {name}. Rename one of them.")
             found[name] = Model(folder.name, file.stem, name)
     return found
 
@@ -112,6 +111,8 @@ def read_values(file: Path) -> dict[str, str]:
 
     Raises Exit with the number of a line that is no NAME=value. The text of the line may be a secret.
     """
+    if not file.is_file():  # a pipe or a device may have no end
+        raise Exit(f"{file} is no file that can be read. ENV_FILE may name another file, or be empty.")
     with file.open(encoding="utf-8", errors="surrogateescape") as stream:  # no setting takes an undecodable byte
         bindings = list(parse_stream(stream))
     for binding in bindings:

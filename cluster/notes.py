@@ -81,7 +81,7 @@ def in_a_sentence(error: Exception) -> str | None:
     # Jinja gives an error in a template a frame with the template's own file and line.
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, TemplateSyntaxError):
-        places, error = [(error.filename or "", error.lineno)], ValueError(error.message)
+        places, error = [(error.filename or error.name or "", error.lineno)], ValueError(error.message)
     for file, line in [place for place in places if place[0].endswith(".j2")][-1:]:
         return f"{os.path.relpath(file, ROOT)}, line {line}: {error}."
     if isinstance(error, UnicodeError):

@@ -101,7 +101,7 @@ HOSTS = Form("ssh destinations, comma separated", _matching(r"(?!-)[\w.@%-]+(,(?
 # On the other node `env NAME=value … FOLDER/inv` would take a folder with an equals sign for a variable.
 CHECKOUT = Form("a folder without an equals sign, from the home folder if it is relative", _matching(r"(?!-)[^=]+"))
 PATH = Form("an absolute path without a colon", lambda text: _matching("/[^:]*")(os.path.expanduser(text)))
-IMAGE = Form("an image name", _matching(r"[\w][\w./:@-]*"))
+IMAGE = Form("an image name", _matching(r"(?!.*//)[\w][\w./:@-]*"))
 SECRET_NAMES = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_TOKEN|VLLM_API_KEY)( |$))*"))
 EXTRA_WORDS = Form("words as a shell would read them, and no key among them", _extra_words)
 COMMAND = Form("a command's words as a shell would read them, or nothing", lambda text: shlex.join(shlex.split(text)))
@@ -339,7 +339,7 @@ def _find(name: str, sources: Sources, of_form: Form) -> Setting | None:
     try:
         return Setting(printable(of_form.read(printable(text))), text, origin)
     except ValueError:
-        got = "not shown here, it may hold a secret" if name in NEVER_SHOWN or of_form is PUBLIC else repr(text)
+        got = "not shown here, it may hold a secret" if name in NEVER_SHOWN or "://" in text else repr(text)
         takes = of_form.takes if text.isprintable() else f"{of_form.takes}; none with control characters"
         raise Exit(f"{name} ({origin}) is {got}; it takes {takes}.") from None
 
@@ -400,7 +400,7 @@ def _forward_list(sources: Sources) -> list[str]:
     names = list(dict.fromkeys(" ".join([*reversed(of_profile), *of_operator]).split()))
     for name in names:
         if why := _unfit(name):
-            raise Exit(f"VLLM_FORWARD_VARS lists {name!r}, which {why}. Remove {name} from the list.")
+            raise Exit(f"VLLM_FORWARD_VARS lists {re.split('[=:]', name)[0]!r}, which {why}. Remove it from the list.")
     return names
 
 

@@ -20,9 +20,9 @@ def token_file(settings: Settings) -> Path | None:
     """Return the token's file on this host, if there is one. Raises Exit if the file has no token."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
     # Docker mounts also a token that only root can read.
-    if path.is_dir() or (path.exists() and os.access(path, os.R_OK) and not path.read_bytes().strip()):
-        raise Exit(f"{path} (RAY_AUTH_TOKEN_PATH) holds no token. Remove it, then type: inv token; or copy the head's.")
-    return path if path.exists() else None
+    if path.is_dir() or (path.is_file() and os.access(path, os.R_OK) and not path.read_bytes().strip()):
+        raise Exit(f"RAY_AUTH_TOKEN_PATH is {path}, a folder or an empty file. Type: ls -la {path}; then: inv token")
+    return path if path.is_file() else None
 
 
 def make_token(settings: Settings) -> None:

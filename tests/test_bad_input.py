@@ -32,7 +32,7 @@ TYPED = [
         "ENABLE_MTP writes.",
     ),
     # a token's file that is none, or that cannot be reached
-    ("head", {"RAY_AUTH_TOKEN_PATH": "/"}, "/ (RAY_AUTH_TOKEN_PATH) holds no token."),
+    ("head", {"RAY_AUTH_TOKEN_PATH": "/"}, "RAY_AUTH_TOKEN_PATH is /, a folder or an empty file. Type: ls -la /;"),
     ("head", {"RAY_AUTH_TOKEN_PATH": LONG}, f"{LONG}: File name too long. Type: namei -l {LONG}"),
     ("plan --model qwen-30b", {"RAY_AUTH_TOKEN_PATH": LONG}, f"{LONG}: File name too long."),
     # a password for every container
@@ -47,6 +47,12 @@ TYPED = [
         "takes text without a password",
     ),
     ("head", {"VLLM_FORWARD_VARS": "MY_PASSPHRASE", "MY_PASSPHRASE": "marker"}, "which looks like a secret"),
+    (
+        "head",
+        {"VLLM_FORWARD_VARS": "http://me:marker@host"},
+        "VLLM_FORWARD_VARS lists 'http', which is no variable name",
+    ),
+    ("head", {"VLLM_IMAGE": "https://me:marker@host/a"}, "VLLM_IMAGE (shell) is not shown here, it may hold a secret"),
     ("head", {"VLLM_FORWARD_VARS": "OPTIND"}, "which bash, the container or this project sets for itself"),
     ("head", {"VLLM_FORWARD_VARS": "BASH_COMMAND"}, "which bash, the container or this project sets for itself"),
 ]
@@ -121,7 +127,7 @@ def test_an_empty_token_is_refused(text, inv, tmp_path):
     """Ray would refuse every node. The message says how to make a token."""
     (tmp_path / "token").write_text(text)
     said = inv("--dry head", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
-    assert said.code and f"{tmp_path}/token (RAY_AUTH_TOKEN_PATH) holds no token. Remove it, then type:" in said.err
+    assert said.code and f"RAY_AUTH_TOKEN_PATH is {tmp_path}/token, a folder or an empty file." in said.err
 
 
 @pytest.mark.parametrize(("mode", "noted"), [(0o600, False), (0o644, True)])

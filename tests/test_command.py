@@ -56,9 +56,9 @@ def test_none_is_an_error(written):
         ("a\n{{ 1 / 0 }}", "line 2: division by zero."),
         ("{{ none }}", "line 1: a template printed None."),
         ("{{ 'a\\nb' }}", "line 1: 'a\\nb' has a control character."),
-        ("a\nb c\n--x it's", "line 3: no ' may stand outside of {{ }}"),
-        ('--x "{{ 1 }}"', 'line 1: no " may stand outside of {{ }}'),
-        ("--x \\{{ 1 }}", r"line 1: no \ may stand outside of {{ }}"),
+        ("a\nb c\n--x it's", "line 3: no quote or backslash is needed here."),
+        ('--x "{{ 1 }}"', "line 1: no quote or backslash is needed here."),
+        ("--x \\{{ 1 }}", r"line 1: no quote or backslash is needed here."),
     ],
 )
 def test_a_template_with_a_mistake_is_named(text, said, written, monkeypatch):

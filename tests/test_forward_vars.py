@@ -99,7 +99,7 @@ def test_a_profiles_variable_emptied_by_the_operator_is_reported(forwarded):
 
 
 UNFIT = {
-    "which is no variable name": ["1A", "A-B", "A=1", "A;B", "$(id)", "é", "--privileged", "A,B"],
+    "which is no variable name": ["1A", "A-B", "A=marker", "A;B", "$(id)", "é", "--privileged", "A,B"],
     "which looks like a secret": ["HF_TOKEN", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY", "MyToken", "KEY", "my_passwd"],
     "which bash, the container or this project sets": [
         *("PATH", "HOME", "EUID", "RANDOM", "LINENO", "GROUPS", "BASHPID", "SECONDS", "_"),
@@ -116,7 +116,7 @@ def test_an_unfit_name_is_refused(why, inv):
     for name in UNFIT[why]:
         said = inv("--dry head", VLLM_FORWARD_VARS=f"GOOD {name}", MyToken="marker", my_passwd="marker")
         assert said.code and said.out == "" and "marker" not in said.err
-        assert f"VLLM_FORWARD_VARS lists {name!r}, {why}" in said.err
+        assert f"VLLM_FORWARD_VARS lists {name.partition('=')[0]!r}, {why}" in said.err
 
 
 def test_settings_that_nobody_forwards_stay_outside(inv):

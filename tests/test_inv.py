@@ -276,6 +276,14 @@ def test_a_read_only_checkout_is_named(shared: Machine):
     assert said.returncode == 1 and "is read-only" in said.stderr and "chown" not in said.stderr
 
 
+def test_a_checkout_on_a_read_only_disk_is_named(shared: Machine):
+    """Another user is not told to become its owner, because the disk would refuse that too."""
+    (shared.folder / "bin/mkdir").unlink()
+    shared.program("mkdir", "#!/bin/sh\necho \"mkdir: cannot create '$1': Read-only file system\" >&2; exit 1\n")
+    said = shared.inv("--list", user=65534)
+    assert said.returncode == 1 and "is read-only" in said.stderr and "chown" not in said.stderr
+
+
 def test_under_sudo_the_environment_belongs_to_the_user(shared: Machine):
     """Root in the checkout of another user leaves no file of root there, and the user goes on without sudo."""
     _give_to_nobody(shared.checkout)

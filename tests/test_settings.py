@@ -114,7 +114,7 @@ REFUSED = {
     "PRIMARY_IF": ["", "a b", "eth0,eth1", "../eth0", "x" * 16, "é"],
     "DATA_IFS": ["eth0,", "eth0 eth1", ",", "a;b"],
     "RDMA_HCAS": ["mlx5_0:1", ",", "a b"],
-    "VLLM_IMAGE": ["", "-it", "--privileged", "a b", "$(id)", "a;b", "é"],
+    "VLLM_IMAGE": ["", "-it", "a//b", "--privileged", "a b", "$(id)", "a;b", "é"],
     "BASE_IMAGE": ["", "--network=host"],
     "TAG": ["", "-t"],
     "RAY_VERSION": ["", "2.60 ", "latest;", "-1"],
@@ -293,8 +293,9 @@ def test_a_dotenv_that_is_no_text_is_refused(settle, env_file):
 
 def test_an_env_file_that_is_not_there_is_refused(settle):
     """An ENV_FILE that does not exist is refused. Only an empty ENV_FILE means no file."""
-    with pytest.raises(FileNotFoundError, match="/no/such/file"):
-        settle(ENV_FILE="/no/such/file")
+    for file in ("/no/such/file", "/dev/zero"):
+        with pytest.raises(Exit, match=rf"^{file} is no file that can be read\. ENV_FILE may name another"):
+            settle(ENV_FILE=file)
 
 
 @pytest.mark.parametrize(
