@@ -8,7 +8,8 @@ they hold.
     image server plan guards cleanup                 the image, the server in the container, refusals, leftovers
     detached                                         a node that outlives its terminal
     recorder                                         what every node's recorder has seen
-    finding kv_cache memory options agreement        what is found out before a model is loaded
+    finding kv_cache memory options readings          what is found out before a model is loaded
+    agreement                                        the nodes, compared
     fabric check                                     the same, with the fabric, in one report
     api load health status watch                     what is asked while a model loads and serves
     up                                               all nodes from one terminal

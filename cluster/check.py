@@ -17,6 +17,7 @@ from cluster.finding import Finding
 from cluster.memory import SPARK, Budget, NodeMemory, beyond_limit, budget_rows, in_gib, memory_budgets
 from cluster.node import HF_CACHE, mounts
 from cluster.options import gated, given_options, known_options
+from cluster.readings import keep_readings, loads_here
 from cluster.recorder import settle
 from cluster.server import Served, ask_server
 from cluster.settings import ModelSettings
@@ -57,11 +58,12 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
     nodes = ask_nodes(head, settings.forward)
     found = [*lacking, *find_disagreements(nodes, settings)]
     budgets: Sequence[Budget] = ()
+    keep_readings(settings)  # of a detached launch, which nobody has followed
     if server and server.alive:
         said = [*said, _occupied(server, nodes)]
     else:
         memory, cache = [node_memory(node) for node in nodes], Path(mounts(settings)[HF_CACHE])
-        budgets, short = memory_budgets(settings, memory, known.vllm, cache)
+        budgets, short = memory_budgets(settings, memory, known.vllm, cache, loads_here(settings, head))
         found, said = [*found, *short], [*said, *beyond_limit(settings, cache)]
     return Inspection(settings, nodes, budgets, sorted(found, key=lambda one: RULES.index(one.rule)), said)
 
@@ -142,7 +144,7 @@ def as_json(found: Inspection) -> str:
             "model": found.settings.model.name,
             "nodes": [{"address": node.address, "hostname": node.hostname, **node.facts} for node in found.nodes],
             "memory": [
-                {"node": one.node.name, "reserved": one.reservation, "left": one.left}
+                {"node": one.node.name, "reserved": one.reservation, "left": one.left, "loaded": one.loaded}
                 | {name: getattr(one.node, name) for name in NOW.values()}
                 for one in found.budgets
             ],

@@ -20,6 +20,7 @@ from cluster import guards, server
 from cluster.api import Answer, ask_api, generate_token
 from cluster.command import run, say, stream
 from cluster.node import CONTAINER, log_folder
+from cluster.readings import keep_readings, note_load
 from cluster.recorder import LOAD, keep_json, kept_json, read_ended, read_recorded
 from cluster.settings import ModelSettings
 
@@ -123,6 +124,7 @@ def launch_model(settings: ModelSettings, addresses: Iterable[str], detached: bo
     server.prepare(settings)
     try:
         server.begin(settings)
+        note_load(settings)
         if not detached:
             follow_load(settings, addresses, stay=True)
     except KeyboardInterrupt:
@@ -155,6 +157,7 @@ def follow_load(
         if not answered_before:
             with suppress(OSError):  # a full disk costs the next load its expected time, and nothing else
                 keep_json(history, times | {kind: {"seconds": round(progress.seconds, 1)}})
+        keep_readings(settings)
         how = "It answers" if answered_before else f"Ready after {progress.seconds:.0f} s"
         url = server.api_url(settings["HOST"], settings["PORT"], everywhere=settings["HEAD_NODE_IP"])
         say(f"{how}: API at {url}/v1, model {settings['SERVED_NAME']}")

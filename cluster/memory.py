@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -100,6 +100,20 @@ SPARK = NodeMemory("a Spark", int(121.7 * GIB), int(117.4 * GIB))
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What vLLM printed when the same line was loaded here: the date, the utilization, and sizes of a rank in bytes.
+
+    `model` and `graphs` are 0 where vLLM printed none.
+    """
+
+    on: str
+    utilization: float
+    cache: int
+    model: int
+    graphs: int
+
+
+@dataclass(frozen=True)
 class Budget:
     """The memory of one node with the model on it.
 
@@ -107,6 +121,7 @@ class Budget:
     they leave. `outside` comes on top. A size in `lacking` is not known and counts as 0. `layout` is None where the
     cache is not computed. Each of the `sequences` needs a block of the cache. The number is 0 unless the model has
     states and decoding is captured in CUDA graphs. `batched` is the number of tokens that one step computes at most.
+    `loaded` is the date of the load from which the model's sizes come, empty if they are estimates.
     """
 
     node: NodeMemory
@@ -119,6 +134,7 @@ class Budget:
     outside: int
     sequences: int
     batched: int
+    loaded: str = ""
 
     @property
     def own(self) -> int:
@@ -137,7 +153,7 @@ class Budget:
     @property
     def cache(self) -> int | None:
         """The memory of the cache, None if it is not known. The other parts are too large if it is below 0."""
-        unknown = self.lacking or self.demand.unknown
+        unknown = not self.loaded and (self.lacking or self.demand.unknown)
         return self.demand.cache or (None if unknown else self.reservation - self.own)
 
     @property
@@ -179,9 +195,24 @@ def node_budget(layout: Layout | None, sizes: Mapping[str, int | None], demand: 
     )
 
 
+def as_loaded(budget: Budget, loads: Sequence[Loaded]) -> Budget:
+    """Put what vLLM printed here in place of the estimates. Of several loads the one that took most counts.
+
+    vLLM's share less its cache is all that a rank takes beside the cache. It is the same for any utilization.
+    """
+    if not loads or budget.demand.cache:
+        return budget
+    most, load = max((ceil((budget.node.total or 0) * load.utilization) - load.cache, load) for load in loads)
+    weights = load.model or budget.weights
+    activations = max(most - weights - load.graphs, 0)
+    known = replace(budget, weights=weights, activations=activations, graphs=load.graphs)
+    return replace(known, lacking=(), loaded=load.on)
+
+
 def budget_rows(budget: Budget) -> list[tuple[str, str]]:
     """Return the computation for one node as rows of a table: a label, and a size in GiB."""
     node, layout, length = budget.node, budget.layout, budget.demand.length
+    source = f"as loaded here on {budget.loaded}" if budget.loaded else "allowance"
     cache = [("KV cache (its tokens are not computed)", in_gib(budget.cache))]
     if layout:
         times = budget.blocks / layout.needed(length)
@@ -189,8 +220,8 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
             (f"KV cache: {int(times * length):,} tokens, {times:.2f} x {length:,}", in_gib(budget.cache)),
             (f"  of it {length:,} tokens take", in_gib(layout.least(length))),
         ]
-    parts = {"weights": "weights on this rank", "activations": "activations (allowance)"}
-    parts |= {"graphs": "CUDA graphs (allowance)"}
+    parts = {"weights": "weights on this rank", "activations": f"activations ({source})"}
+    parts |= {"graphs": f"CUDA graphs ({source})"}
     least = "at least " if budget.demand.cache else ""
     return [
         *((label, in_gib(None if name in budget.lacking else getattr(budget, name))) for name, label in parts.items()),
@@ -209,11 +240,16 @@ def in_gib(size: int | None) -> str:
 
 
 def memory_budgets(
-    settings: ModelSettings, nodes: Sequence[NodeMemory], vllm: str, hf_cache: Path | None
+    settings: ModelSettings,
+    nodes: Sequence[NodeMemory],
+    vllm: str,
+    hf_cache: Path | None,
+    loads: Sequence[Loaded] = (),
 ) -> tuple[list[Budget], list[Finding]]:
     """Compute the memory of each node with the model on it, and find the nodes that have too little.
 
     vllm: the version that will run. hf_cache: this host's Hugging Face folder. With None the profile alone is read.
+    loads: what vLLM printed here of the same line.
     """
     model = settings.model
     try:
@@ -227,14 +263,17 @@ def memory_budgets(
         layout = cache_layout(shape, demand) if shape and not demand.unknown else None
     except CannotKnow as error:
         why.append(str(error))
-    if lacking := [f"{name}_gib" for name, size in sizes.items() if size is None]:
+    budgets = [as_loaded(node_budget(layout, sizes, demand, node), loads) for node in nodes]
+    if lacking := [f"{name}_gib" for name in (budgets[0].lacking if budgets else ())]:
         why.append(f"{profile} gives no {', '.join(lacking)}.")
-    budgets = [node_budget(layout, sizes, demand, node) for node in nodes]
     found = list(dict.fromkeys(finding for budget in budgets for finding in memory_findings(budget, settings)))
     if any(why):
+        size = "the log of the load will have it"
+        if read := [(budget.cache or 0, budget.loaded) for budget in budgets if budget.loaded]:
+            size = f"it has {in_gib(min(read)[0])} GiB, as loaded here on {read[0][1]}"
         text = (
-            f"The KV cache of {model.name} is not computed, but the log of the load will have it. The host's memory "
-            f"is judged by what vLLM reserves. {' '.join(filter(None, why))}"
+            f"The KV cache of {model.name} is not computed, but {size}. The host's memory is judged by what vLLM "
+            f"reserves. {' '.join(filter(None, why))}"
         )
         if demand.cache and (lacking or demand.unknown):
             text += " With --kv-cache-memory-bytes vLLM takes more where the weights need more."
@@ -270,6 +309,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     blocks".
     """
     node, demand, layout = budget.node, budget.demand, budget.layout
+    as_loaded_here = f", as loaded here on {budget.loaded}" if budget.loaded else ""
     if not node.total or node.available is None:
         text = f"MemTotal or MemAvailable of {node.name} is unknown, so the model may not fit. Type there: free -g"
         return [Finding("memory-unknown", text)]
@@ -294,14 +334,15 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
         source = "--kv-cache-memory-bytes gives" if demand.cache else f"GPU_MEM_UTIL {demand.utilization:g} leaves"
         text = (
             f"{demand.length:,} tokens need {layout.least(demand.length) / GIB:.2f} GiB of KV cache, and {source} "
-            f"{budget.cache / GIB:.2f} on {node.name}. The largest that fits: {fits}. "
+            f"{budget.cache / GIB:.2f} on {node.name}{as_loaded_here}. The largest that fits: {fits}. "
         )
         found.append(Finding("memory-context", text + _proposal(budget, settings, min)))
     elif layout and budget.cache is not None and budget.blocks < budget.sequences:
         default = "" if demand.sequences else " (vLLM's default on this GPU)"
         text = (
             f"vLLM would refuse MAX_NUM_SEQS {budget.sequences}{default} after loading: each sequence needs a cache "
-            f"block, and {node.name} has {budget.blocks}. Type: {settings.line(MAX_NUM_SEQS=str(budget.blocks))}. "
+            f"block, and {node.name} has {budget.blocks}{as_loaded_here}. Type: "
+            f"{settings.line(MAX_NUM_SEQS=str(budget.blocks))}. "
         )
         found.append(Finding("memory-sequences", text + _proposal(budget, settings, min)))
     if layout and budget.batched < layout.least_batched:

@@ -131,13 +131,17 @@ def settle() -> None:
 # --- inv memory ------------------------------------------------------------------------------------------------------
 
 
+# What `inv memory` shows of a node: the names in the line of its guard, and their words.
+MEMORY = {"available": "GiB available", "free": "free", "cached": "in the page cache", "swap": "in swap"}
+
+
 def memory_command() -> Command:
-    """Print every node's available bytes as JSON, a line every two seconds."""
+    """Print what every node's guard has written, a line of JSON every two seconds."""
     return Command(render("memory.j2", container=CONTAINER, in_shell=IN_SHELL, script=f"{INSIDE}/recorder.py"), "head")
 
 
 def watch_memory(settings: Settings, file: str | None) -> None:
-    """Print every node's available memory until Ctrl-C. Write the same as CSV to file, if one is named.
+    """Print every node's memory until Ctrl-C. Write the same as CSV to file, if one is named.
 
     Raises Exit if the file cannot be written, or Ray does not answer any more.
     """
@@ -145,13 +149,15 @@ def watch_memory(settings: Settings, file: str | None) -> None:
         told = ", ".join(f"{address} {left / GIB:.1f} GiB" for address, left in lows.items())
         say(f"Lowest while the last server ran: {told}")
     with open(file or os.devnull, "w", buffering=1) as rows, stream(memory_command()) as lines:
-        print("time,node,available_bytes", file=rows)
+        print("time,node", *(f"{name}_bytes" for name in MEMORY), sep=",", file=rows)
         for line in (line for line in lines if line.startswith('{"')):  # Ray may print lines of its own
             now, served = time.strftime("%H:%M:%S"), read_recorded(settings)
             floor = served.floor if served else float(settings["MEM_FLOOR_GIB"])
-            for address, left in sorted(json.loads(line).items()):
-                available = "unknown" if left is None else f"{left / GIB:.1f}"
-                low = "  LOW" if left is None or left < floor * GIB else ""
-                say(f"{now}  {address:<15}  {available:>7} GiB available{low}")
-                print(now, address, left or "", sep=",", file=rows)
+            for address, node in sorted(json.loads(line).items()):
+                sizes = [node[name] if node else None for name in MEMORY]
+                shown = ("unknown" if size is None else f"{size / GIB:.1f}" for size in sizes)
+                words = "  ".join(f"{size:>7} {name}" for size, name in zip(shown, MEMORY.values(), strict=True))
+                low = "  LOW" if node is None or node["available"] < floor * GIB else ""
+                say(f"{now}  {address:<15}  {words}{low}")
+                print(now, address, *("" if size is None else size for size in sizes), sep=",", file=rows)
     raise Exit("Ray in the head's container does not answer any more. Type: inv health")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke import Exit
 
-from cluster import check, detached, engine, guards, load, node, options, recorder, repository, server
+from cluster import check, detached, engine, guards, load, node, options, readings, recorder, repository, server
 from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
 from cluster.node import CONTAINER, Network
 from cluster.ports import is_own_address
@@ -157,6 +157,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
             settings, addresses, since = found.settings, [one.address for one in found.nodes], None
             server.prepare(settings)
             server.begin(settings, lambda: setattr(started, "server", True))
+            readings.note_load(settings)
         load.follow_load(settings, addresses, since=since)
     say("To see how the cluster is: inv health, inv status; the log: inv logs --follow; to take all down: inv down")
 

@@ -1,5 +1,6 @@
 """Mistakes that a person can make, each typed: one sentence on standard error, and nothing on standard output."""
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -185,7 +186,8 @@ def test_an_odd_state_of_the_server_is_not_no_server(told, operator):
 
 def test_a_line_of_rays_own_is_passed_over(operator, capfd):
     """`inv memory` goes on when Ray prints something else."""
-    ours = Command((("printf", 'a warning\\n{"10.0.0.1": 1073741824}\\n[1]\\n{half\\n'),))
+    node = json.dumps({"10.0.0.1": dict.fromkeys(recorder.MEMORY, 1073741824)})
+    ours = Command((("printf", f"a warning\\n{node}\\n[1]\\n{{half\\n"),))
     operator.setattr(recorder, "memory_command", lambda: ours)
     operator.setattr(recorder, "log_folder", lambda _: Path("/nowhere"))
     with pytest.raises(Exit, match="does not answer any more"):

@@ -10,6 +10,7 @@ from cluster import check
 from cluster.agreement import Node
 from cluster.check import Inspection
 from cluster.finding import Finding
+from cluster.memory import Loaded
 from cluster.models import find_model
 from cluster.options import Known
 from cluster.settings import load_settings
@@ -22,9 +23,9 @@ SERVED = SimpleNamespace(alive=True, model="nemotron-3", context=131072, world_s
 
 
 @pytest.fixture
-def settings(operator):
+def settings(operator, tmp_path):
     """The settings of a run with nemotron."""
-    return load_settings(find_model("nemotron"), shell={"ENV_FILE": ""})
+    return load_settings(find_model("nemotron"), shell={"ENV_FILE": "", "CACHE_DIR": str(tmp_path)})
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def inspected(operator, settings):
     def inspect(server):
         inspect.settled = 0
         operator.setattr(check, "ask_server", lambda _: server)
-        return check.inspect(settings, SimpleNamespace())
+        return check.inspect(settings, SimpleNamespace(image=SimpleNamespace(id="sha256:a")))
 
     return inspect
 
@@ -87,6 +88,17 @@ def test_free_pages_cache_and_swap_are_shown(inspected, server, capfd):
     rows = [line.split()[-3:] for line in capfd.readouterr().err.splitlines()]
     assert ["(MemAvailable)", "20.0", "20.0"] in rows and ["(MemFree)", "13.0", "13.0"] in rows
     assert ["(Cached)", "7.0", "7.0"] in rows and ["use", "4.0", "4.0"] in rows
+
+
+def test_sizes_that_were_read_here_are_said(operator, inspected, capfd):
+    """Later checks use what vLLM printed, and say so in the table, in a refusal and in the JSON."""
+    operator.setattr(check, "loads_here", lambda *_: [Loaded("2026-11-24", 0.75, 2 * GIB, 0, 0)])
+    found = inspected(None)
+    check.tell_inspection(found, check.RULES)
+    said = capfd.readouterr().err
+    assert "activations (as loaded here on 2026-11-24)" in said and "allowance)" in said
+    assert "leaves 2.00 on 10.0.0.1, as loaded here on 2026-11-24. The largest" in said
+    assert json.loads(check.as_json(found))["memory"][0]["loaded"] == "2026-11-24"
 
 
 def test_a_plan_shows_no_page_cache(settings, capfd):

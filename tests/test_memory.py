@@ -10,7 +10,9 @@ from cluster.finding import GIB, CannotKnow
 from cluster.kv_cache import Demand, cache_layout, kept_states, read_demand, state_bytes
 from cluster.memory import (
     SPARK,
+    Loaded,
     NodeMemory,
+    as_loaded,
     beyond_limit,
     budget_rows,
     memory_budgets,
@@ -203,6 +205,43 @@ def test_more_of_anything_never_leaves_more():
     caches = [budget(replace(ARTICLE, batched=batched)).cache for batched in (1, 8192, 8193, 65536)]
     assert caches == sorted(caches, reverse=True)
     assert budget(MTP).layout.largest(budget(MTP).cache) < budget().layout.largest(budget().cache)
+
+
+def loaded(cache, utilization=0.75, model=35.12, on="2026-11-24"):
+    """A load of the same line, as vLLM printed it."""
+    return Loaded(on, utilization, int(cache * GIB), int(model * GIB), int(0.43 * GIB))
+
+
+def test_what_vllm_printed_here_replaces_the_estimates():
+    """At the same utilization the cache is what vLLM printed. At another one the rest of the rank is the same."""
+    for share in (0.75, 0.7):
+        read = as_loaded(budget(replace(ARTICLE, utilization=share), H100), [loaded(20.01)])
+        assert read.cache / GIB == pytest.approx(20.01 - (0.75 - share) * 79.19, abs=0.001)
+        assert (read.weights, read.graphs) == (int(35.12 * GIB), int(0.43 * GIB)) and read.loaded == "2026-11-24"
+    assert read.activations / GIB == pytest.approx(0.75 * 79.19 - 20.01 - 35.12 - 0.43, abs=0.001)
+
+
+def test_of_several_loads_the_one_that_took_most_counts():
+    """Other processes can make a cache smaller. A smaller share with the same cache is a rank that took less."""
+    loads = [loaded(20.01), loaded(18, on="2026-11-23"), loaded(17, utilization=0.7)]
+    assert as_loaded(budget(), loads).loaded == "2026-11-23" and as_loaded(budget(), []) == budget()
+
+
+def test_a_cache_that_was_read_decides(monkeypatch):
+    """A small cache is refused, with the sizes of the load in the sentence. Without MODEL's size the estimate stays."""
+    sizes = Loaded("2026-11-24", 0.75, GIB, 0, 0)
+    _, (finding,) = memory_budgets(settings(), [SPARK], "0.21.0", None, [sizes])
+    assert finding.rule == "memory-context" and "leaves 1.00 on a Spark, as loaded here on 2026-11-24." in finding.text
+    assert as_loaded(budget(), [sizes]).weights == budget().weights
+
+
+def test_a_cache_without_a_formula_has_the_size_that_was_read():
+    """The warning says the size of the cache and its date, and sizes that the profile lacks are not missed."""
+    (read,), (finding,) = memory_budgets(settings(PP_SIZE="2"), [SPARK], "0.21.0", None, [loaded(20.01)])
+    assert (finding.rule, finding.refuses) == ("memory-unknown", False) and read.cache == pytest.approx(20.01 * GIB)
+    assert "but it has 20.0 GiB, as loaded here on 2026-11-24." in finding.text
+    lacking = replace(budget(), layout=None, lacking=("weights",), weights=0)
+    assert lacking.cache is None and as_loaded(lacking, [loaded(20.01)]).cache == pytest.approx(20.01 * GIB)
 
 
 # --- The rules -------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ check.gated = lambda settings, *_: (settings, (), ())
 check.ask_nodes = lambda head, names: [agreement.Node(*each.split(), 1, told[each]) for each in told]
 check.ask_server, check.settle = lambda _: None, lambda: None
 agreement.repository_digest = lambda: "0123"
-print(check.as_json(check.inspect(settings, SimpleNamespace())))
+print(check.as_json(check.inspect(settings, SimpleNamespace(image=SimpleNamespace(id="a")))))
 """
 TOLD = {
     "repository": "0123",

@@ -1,12 +1,14 @@
 """The recorder's file, as the host reads it."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from invoke import Exit
 
 from cluster import recorder
-from cluster.recorder import FRESH_S
+from cluster.recorder import FRESH_S, GIB
 
 NOW = 1_700_000_000.0
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
@@ -85,3 +87,21 @@ def test_what_has_ended_the_server_is_told(told, said, vitals):
     if told:
         (vitals / "ended.json").write_text(json.dumps(told))
     assert recorder.read_ended({}) == said
+
+
+def test_inv_memory_shows_free_pages_and_what_is_low(vitals, monkeypatch, capsys):
+    """A node below the floor of the launch is LOW, and so is one that does not answer. CSV has the same in bytes."""
+    (vitals / "vitals.json").write_text(json.dumps(VITALS))
+    told = {"available": 9 * GIB, "free": 2 * GIB, "cached": 7 * GIB, "swap": 0}
+    nodes = {HEAD: told, WORKER: told | {"available": 7.9 * GIB}, "10.0.0.3": None}
+    monkeypatch.setattr(recorder, "stream", lambda _: nullcontext([json.dumps(nodes)]))
+    recorder.time.strftime = lambda _: "03:04:05"
+    with pytest.raises(Exit, match="does not answer any more"):
+        recorder.watch_memory({"MEM_FLOOR_GIB": "5"}, str(vitals / "memory.csv"))
+    head, worker, silent = capsys.readouterr().err.splitlines()
+    words = "9.0 GiB available 2.0 free 7.0 in the page cache 0.0 in swap"
+    assert " ".join(head.split()[2:]) == words and worker.endswith("LOW")
+    assert silent.count("unknown") == 4 and silent.endswith("LOW")
+    rows = (vitals / "memory.csv").read_text().splitlines()
+    assert rows[0] == "time,node,available_bytes,free_bytes,cached_bytes,swap_bytes"
+    assert rows[1] == f"03:04:05,{HEAD},{9 * GIB},{2 * GIB},{7 * GIB},0" and rows[3] == "03:04:05,10.0.0.3,,,,"

@@ -856,7 +856,7 @@ def test_each_line_of_memory_is_json(recorder, monkeypatch, capsys):
     monkeypatch.setattr(recorder.select, "select", lambda *_: (next(waits), [], []))
     recorder.print_memory(2.0)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines == [{BOTH[0]: 7, BOTH[1]: None}] * 2
+    assert lines == [{BOTH[0]: LINE | {"available": 7}, BOTH[1]: None}] * 2
 
 
 @pytest.fixture

@@ -107,9 +107,15 @@ def test_a_second_server_is_refused(serve, tmp_path):
     assert until(lambda: not runs(pid)) and serve("start", "sleep", "60").returncode == 0
 
 
+def test_every_ranks_lines_are_in_the_log(serve, tmp_path):
+    """Ray hides a rank's line if it differs from another rank's in numbers alone, unless it is told not to."""
+    serve("start", "sh", "-c", "echo $RAY_DEDUP_LOGS; sleep 60")
+    assert until(lambda: (tmp_path / "serve.log").read_text() == "0\n")
+
+
 def test_a_new_server_begins_anew(serve, tmp_path):
     """The recorder's files of the last server are removed, and its log is kept as serve.log.1."""
-    for name in ("vitals.json", "memory-low.json", "ended.json", "left.txt", "serve.log"):
+    for name in ("vitals.json", "memory-low.json", "ended.json", "loading.json", "left.txt", "serve.log"):
         (tmp_path / name).write_text("of the server before")
     serve("start", "sleep", "60")
     assert (tmp_path / "serve.log.1").read_text() == "of the server before"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from cluster import check, detached, engine, guards, load, node, options, recorder, repository, server, up
+from cluster import check, detached, engine, guards, load, node, options, readings, recorder, repository, server, up
 from cluster.command import ENDINGS, held, run
 from cluster.models import find_model
 from cluster.node import Network
@@ -129,6 +129,7 @@ def site(operator, tmp_path):
         (server, "prepare", lambda _: made.step("prepare")),
         (server, "begin", begin),
         (server, "ask_server", lambda _: made.serving),
+        (readings, "note_load", lambda _: None),
         (recorder, "read_recorded", lambda _: made.seen),
         (load, "follow_load", lambda *_, **__: made.step("follow")),
         (engine, "node_container", container),

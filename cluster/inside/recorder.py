@@ -7,7 +7,7 @@ look, and for how long each thing has not moved; memory-low.json has each node's
 server was ended; left.txt has what a server has left on the nodes. If DROP is 1, weights that the ranks have read leave
 the page cache while the model loads.
 
-`recorder.py --print SECONDS` only prints each node's available bytes, a line of JSON every so many seconds.
+`recorder.py --print SECONDS` only prints what each node's guard has written, a line of JSON every so many seconds.
 """
 
 import contextlib
@@ -384,8 +384,7 @@ def record(pid_file, folder, url, floor, drop):
 def print_memory(pause):
     gauges = start_gauges()
     while True:
-        told = {address: node and node["available"] for address, node in ask(gauges, "memory").items()}
-        print(json.dumps(told), flush=True)
+        print(json.dumps(ask(gauges, "memory")), flush=True)
         if select.select([sys.stdin], [], [], pause)[0]:  # standard input was closed
             return
 

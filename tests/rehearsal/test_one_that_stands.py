@@ -1,6 +1,7 @@
 """Refusals on a cluster that stays up. Each test removes the cause again, and leaves the cluster as it was."""
 
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -70,3 +71,28 @@ def test_a_probe_that_fails_is_a_refusal(pair):
     pair[0].run("docker", "exec", "node-ray", "pkill", "-CONT", "gcs_server")
     assert done.returncode != 0 and "Traceback" not in done.stderr and not serving(pair[0])
     assert wait(lambda: check(pair[0]).returncode == 0, 120, pause=2)
+
+
+def rows(text: str) -> dict[str, str]:
+    """Return the rows of the table of memory: the label, and the head's GiB."""
+    lines = [line.rsplit(maxsplit=2) for line in text.splitlines()]
+    return {words[0]: words[1] for words in lines if len(words) == 3}
+
+
+def test_what_vllm_printed_is_used_by_later_checks(pair):
+    """Nobody follows this load. After its end `check` has the sizes that vLLM printed, at another share of it too."""
+    launch = inv(pair[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    assert launch.returncode == 0, launch.stderr
+    assert "(allowance)" in launch.stderr and "as loaded here" not in launch.stderr
+    assert wait(lambda: inv(pair[0], "health", VLLM_API_KEY=KEY).returncode == 0, 240, pause=2)
+    assert inv(pair[0], "stop").returncode == 0
+    first, second = check(pair[0]), check(pair[0], GPU_MEM_UTIL="0.25")
+    source = f"as loaded here on {time.strftime('%Y-%m-%d')}"
+    was, now = rows(first.stderr), rows(second.stderr)
+    assert first.returncode == 0 and f"activations ({source})" in was, first.stderr
+    (printed,) = json.loads((pair[0].cache / "node-ray/readings.json").read_text())
+    assert set(printed["nodes"]) == {"10.0.0.1", "10.0.0.2"} and printed["utilization"] == 0.2
+    (cache,) = [label for label in was if label.startswith("KV cache: ")]
+    assert float(was[cache]) == min(node["cache"] for node in printed["nodes"].values()) == 1.0
+    (other,) = [label for label in now if label.startswith("KV cache: ")]
+    assert now[f"activations ({source})"] == was[f"activations ({source})"] and float(now[other]) > 1.5

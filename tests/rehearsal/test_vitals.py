@@ -120,7 +120,8 @@ def test_memory_is_a_line_for_each_node(pair, terminal, tmp_path):
     assert wait(lambda: len(file.read_text().splitlines()) >= 5, 60)
     typed.end(signal.SIGINT)
     rows = [row.split(",") for row in file.read_text().splitlines()]
-    assert rows[0] == ["time", "node", "available_bytes"] and {row[1] for row in rows[1:]} == {"10.0.0.1", "10.0.0.2"}
+    assert rows[0] == ["time", "node", *(f"{name}_bytes" for name in ("available", "free", "cached", "swap"))]
+    assert {row[1] for row in rows[1:]} == {"10.0.0.1", "10.0.0.2"} and {len(row) for row in rows} == {6}
     assert "Lowest while the last server ran: " in typed.said and "Traceback" not in typed.said
 
 
@@ -142,6 +143,19 @@ def test_a_trouble_has_its_own_exit_status(pair, env, code, said):
     """Each trouble also has its own message with the next command."""
     found, line = health(pair, **env)
     assert (found, line[: len(said)]) == (code, said) and "Next: " in line
+
+
+def test_the_floor_is_the_one_of_the_launch(pair):
+    """`inv health` has no model. Its limit is the one with which the recorder was started."""
+
+    def record(floor: str) -> None:
+        words = ("bash", "/opt/inside/serve.sh", "record", "http://127.0.0.1:8000", floor, "1")
+        assert pair[0].run("docker", "exec", "node-ray", *words).returncode == 0
+
+    record("999")
+    assert "memory low: " in (line := becomes(pair, 16)) and "MEM_FLOOR_GIB (999)" in line
+    record("1")
+    becomes(pair, 0)
 
 
 def test_a_link_that_went_down_is_degraded(pair, rig):
