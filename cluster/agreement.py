@@ -57,7 +57,7 @@ def ask_nodes(head: Container, names: Sequence[str] = ()) -> list[Node]:
     Raises Exit if Ray could not be asked.
     """
     words = ("python3", f"{INSIDE}/probe.py", secrets.token_hex(16), *names)
-    found = ask_inside(head, 30, lambda told: [Node(**one | {"facts": dict(one["facts"])}) for one in told], *words)
+    found = ask_inside(head, 30, lambda got: [Node(**one) for one in [got[0], *got[1:]] if dict(one["facts"])], *words)
     own = container_environment(head).get("VLLM_HOST_IP")
     return sorted(found, key=lambda node: (node.address != own, node.address))
 

@@ -124,6 +124,6 @@ def read_metrics(url: str, seconds: float = 2) -> Metrics | None:
 def _harmless(text: str, key: str | None) -> str:
     """Return the printable characters of text; an error page may wrap or escape the key."""
     text = "".join(filter(str.isprintable, text))
-    for form in {key, json.dumps(key)[1:-1], html.escape(key), quote(key, safe="")} if key else ():
+    for form in {key, json.dumps(key)[1:-1], html.escape(key), quote(key, safe=""), quote(key)} if key else ():
         text = re.sub(re.escape(form), "(the key)", text, flags=re.IGNORECASE)
     return text

@@ -130,14 +130,14 @@ def test_a_closed_port_is_told_from_an_answer_that_broke_off(server):
     assert (refused.status, refused.refused, refused.silent) == (None, True, False)
 
 
-KEY = 'sk+"7&<9'
+KEY = 'sk+/"7&<9'
 PAGES = {
     "as it is": KEY,
     "wrapped": f"{KEY[:4]}\r\n{KEY[4:]}",
     "in JSON": json.dumps(KEY),
-    "in HTML": "sk+&quot;7&amp;&lt;9",
-    "in a URL": "sk%2B%227%26%3C9",
-    "in small letters": "sk%2b%227%26%3c9",
+    "in HTML": "sk+/&quot;7&amp;&lt;9",
+    "in a URL": "sk%2B%2F%227%26%3C9",
+    "in a path, in small letters": "sk%2b/%227%26%3c9",
 }
 
 

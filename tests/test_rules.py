@@ -289,7 +289,16 @@ def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operato
     assert "10.0.0.1 (0123456789ab), 10.0.0.2 (0123456789ab)" in said.text
 
 
-@pytest.mark.parametrize("answer", ['{"a": 1}', '[{"address": 1}]'])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"a": 1}',
+        "[]",
+        "[null]",
+        '[{"address": 1}]',
+        '[{"address": "a", "hostname": "b", "ray_gpus": 1, "facts": null}]',
+    ],
+)
 def test_an_answer_that_is_no_list_of_nodes_is_an_error(operator, answer):
     """An answer that cannot be read does not count as a cluster without nodes."""
     operator.setattr(options, "ask_container", lambda *_: answer)
