@@ -196,15 +196,19 @@ def node_budget(layout: Layout | None, sizes: Mapping[str, int | None], demand: 
 
 
 def as_loaded(budget: Budget, loads: Sequence[Loaded]) -> Budget:
-    """Put what vLLM printed here in place of the estimates. Of several loads the one that took most counts.
+    """Put what vLLM printed here in place of the estimates. Of several loads the last one that took most counts.
 
     vLLM's share less its cache is all that a rank takes beside the cache. It is the same for any utilization.
     """
     if not loads or budget.demand.cache:
         return budget
-    most, load = max((ceil((budget.node.total or 0) * load.utilization) - load.cache, load) for load in loads)
+
+    def taken(load: Loaded) -> int:
+        return ceil((budget.node.total or 0) * load.utilization) - load.cache
+
+    load = max(reversed(loads), key=taken)
     weights = load.model or budget.weights
-    activations = max(most - weights - load.graphs, 0)
+    activations = max(taken(load) - weights - load.graphs, 0)
     known = replace(budget, weights=weights, activations=activations, graphs=load.graphs)
     return replace(known, lacking=(), loaded=load.on)
 

@@ -225,6 +225,7 @@ def test_of_several_loads_the_one_that_took_most_counts():
     """Other processes can make a cache smaller. A smaller share with the same cache is a rank that took less."""
     loads = [loaded(20.01), loaded(18, on="2026-11-23"), loaded(17, utilization=0.7)]
     assert as_loaded(budget(), loads).loaded == "2026-11-23" and as_loaded(budget(), []) == budget()
+    assert as_loaded(budget(), [*loads, loaded(18, on="2026-11-25")]).loaded == "2026-11-25"
 
 
 def test_a_cache_that_was_read_decides(monkeypatch):
