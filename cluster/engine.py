@@ -37,7 +37,9 @@ def _or_exit(failure: str) -> Iterator[None]:
     except Exit:
         raise
     except Exception as error:  # the SDK raises its own, those of requests, ValueError, and plain Exception
-        cause = next((cause for cause in REMEDIES if cause in str(error)), str(error))
+        odd = isinstance(error, (AttributeError, LookupError, TypeError))  # of the SDK, for JSON of another form
+        text = f"a file in ~/.docker or Docker's answer is not understood ({error!r})" if odd else str(error)
+        cause = next((cause for cause in REMEDIES if cause in text), text)
         raise Exit(f"{failure}: {cause}. Type: {REMEDIES.get(cause, 'docker ps')}") from None
 
 

@@ -308,8 +308,9 @@ def test_cleanup_asks(typed, removed, docker, capfd, operator):
     [
         (engine.our_containers, APIError("500 Server Error")),
         (lambda: engine.image_labels("an image"), JSONDecodeError("Expecting value", "", 0)),
+        (engine.our_containers, TypeError("'NoneType' object is not subscriptable")),
     ],
-    ids=["containers", "labels"],
+    ids=["containers", "labels", "another form"],
 )
 def test_an_error_of_docker_is_a_sentence(asked, error, operator):
     """An Engine that answers with an error ends in one sentence with what to type."""
@@ -321,6 +322,15 @@ def test_an_error_of_docker_is_a_sentence(asked, error, operator):
     operator.setattr(engine, "client", lambda *_: SimpleNamespace(containers=ill, images=ill))
     with pytest.raises(Exit, match=r"^Docker could not .*\. Type: docker ps$"):
         asked()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"currentContext": 5}'])
+def test_a_configuration_of_docker_in_another_form_is_named(text, operator, tmp_path):
+    """The cause names the folder of the file, and not only an attribute that a list lacks."""
+    operator.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(Exit, match=r"^Docker cannot be reached: a file in ~/\.docker .*\. Type: docker ps$"):
+        engine.client.__wrapped__()
 
 
 def test_a_wrong_address_of_docker_is_a_sentence(operator):
