@@ -841,6 +841,7 @@ def test_memory_is_not_guarded_after_the_end(recorded):
 
 def test_the_memory_before_the_launch_outlives_a_recorder(recorded, tmp_path):
     """A recorder that is started again finds the model loaded, so it takes over what the one before has noted."""
+    (tmp_path / "vitals.json").write_text("{}")  # by a recorder of an earlier version
     assert recorded(
         two(), after=[two(ranks=0) | {BOTH[0]: node(ranks=0)}], before={BOTH[0]: 19 * GIB, BOTH[1]: None}
     ).vitals["before"] == {BOTH[0]: 19 * GIB}

@@ -346,7 +346,7 @@ def record(pid_file, folder, url, floor, drop):
         lows = json.load(opened)  # by an earlier recorder of the same server
     still, counters, gauges = Stillness(), Counters(url), start_gauges()
     before = {address: told["available"] for address, told in ask(gauges, "memory").items() if told}
-    with contextlib.suppress(OSError, ValueError), open(f"{folder}/vitals.json") as opened:
+    with contextlib.suppress(OSError, ValueError, KeyError), open(f"{folder}/vitals.json") as opened:
         before |= json.load(opened)["before"]  # by an earlier recorder, when the ranks had no memory yet
     ending, nodes, whole, short = Ending(before, folder), {}, time.monotonic(), None
     say(f"watching {', '.join(sorted(gauges))}")
@@ -357,7 +357,7 @@ def record(pid_file, folder, url, floor, drop):
             say(f"the server ends, because {short}")
             end(server, folder, "memory guard", f"ended by the memory guard: {short}")
             alive = False
-        if not alive or psutil.pid_exists(server):
+        if not alive or short or psutil.pid_exists(server):
             whole = now
         elif now - whole >= GONE_S:
             gone = f"its API server (process {server}) was gone, and other processes were left"

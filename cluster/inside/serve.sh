@@ -33,13 +33,13 @@ cut_log() { # until the server ends: when the log reaches log_bytes, move its li
     done
 }
 
-record() { # URL GIB: start the recorder beside the server. Kill an earlier recorder, which may be stuck
+record() { # URL FLOOR DROP: start the recorder beside the server. Kill an earlier recorder, which may be stuck
     pkill -KILL -f "^bash $0 keep_recording "
     pkill -KILL -f "^[^ ]*python[^ ]* ${0%/*}/recorder.py $pid "
     setsid bash "$0" keep_recording "$@" </dev/null >>"$log" 2>&1 &
 }
 
-keep_recording() { # URL GIB: run the recorder. If it dies while the server runs, start it again
+keep_recording() { # URL FLOOR DROP: run the recorder. If it dies while the server runs, start it again
     exec 9>"$pid.recorder" # the recorder inherits this lock, and `settle` waits for it
     flock 9
     until python3 "${0%/*}/recorder.py" "$pid" "$logs" "$@" || ! kill -0 -- "-$(cat "$pid")" 2>/dev/null; do

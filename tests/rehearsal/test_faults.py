@@ -152,6 +152,14 @@ def test_a_server_outlives_its_terminal_and_stop_ends_it(cluster, sparks, termin
     launch.end(number)
     log = sparks[0].cache / "node-ray/serve.log"
     assert settled(lambda: serving(sparks[0])) and "non-default args" in log.read_text()
+    if number == signal.SIGTERM:  # a process that `stop` takes for a rank, and that does not end
+        held = "cp /bin/sleep /tmp/ray::RayWorkerHeld; exec /tmp/ray::RayWorkerHeld 900"
+        sparks[1].run("docker", "exec", "--detach", "node-ray", "bash", "-c", held)
+        stop = inv(sparks[0], "stop")
+        sparks[1].run("docker", "exec", "node-ray", "pkill", "-f", "^/tmp/ray::RayWorkerHeld")
+        assert "60 s after the server's end 10.0.0.2 still has ranks: 1" in stop.stderr and stop.returncode == 0
+        assert not serving(sparks[0])
+        return
     if number != signal.SIGHUP:  # the rest does not depend on the signal, so it is looked at once
         assert inv(sparks[0], "stop").returncode == 0 and not serving(sparks[0])
         return
