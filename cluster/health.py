@@ -140,6 +140,9 @@ def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
         return _serving(seen, answer)
     if answer.silent:
         return _silent(seen, answer, hang)
+    if answer.refused and recorded and recorded.answered:
+        why = "The server has answered requests and does not listen any more: it is ending."
+        return Verdict(State.NOT_RUNNING, why, LAUNCH_AGAIN)
     if answer.refused:
         quiet = recorded.quiet(*LOAD) if recorded else 0
         if quiet < stall:

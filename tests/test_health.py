@@ -159,9 +159,10 @@ TABLE = {
     "silent, no look, Ray not asked": (seen(SILENT, saw(unseen=True), nodes=None), State.BUSY, "0 s ago"),
     "silent, no look, quiet": (seen(SILENT, saw(quiet=HANG, unseen=True), nodes=None), State.HUNG, "have waited 300 s"),
     "silent, no recorder": (seen(SILENT, None), State.UNKNOWN, "No token within 3 s, and the recorder beside"),
-    "refused": (seen(REFUSED, saw(quiet=STALL - 1)), State.LOADING, "does not listen yet"),
-    "refused, no rank yet": (seen(REFUSED, saw(worker=facts(ranks=0)), nodes=[]), State.LOADING, ""),
-    "refused, quiet": (seen(REFUSED, saw(quiet=STALL)), State.HUNG, "For 600 s (STALL_S: 600)"),
+    "refused": (seen(REFUSED, saw(quiet=STALL - 1, answered=False)), State.LOADING, "does not listen yet"),
+    "refused, no rank yet": (seen(REFUSED, saw(worker=facts(ranks=0), answered=False), nodes=[]), State.LOADING, ""),
+    "refused, quiet": (seen(REFUSED, saw(quiet=STALL, answered=False)), State.HUNG, "For 600 s (STALL_S: 600)"),
+    "refused after answers": (seen(REFUSED, saw()), State.NOT_RUNNING, "does not listen any more: it is ending"),
     "refused, no recorder": (seen(REFUSED, None), State.LOADING, ""),
 }
 
@@ -267,12 +268,13 @@ def test_a_recorder_without_a_look_is_no_hang():
     new = replace(saw(), still={})
     assert verdict(seen(SILENT, new, waited=9999)).state is State.BUSY
     assert verdict(seen(SILENT, replace(new, still={"counters": 9999, "compiler": 9999}))).state is State.BUSY
-    assert verdict(seen(REFUSED, new)).state is State.LOADING
+    assert verdict(seen(REFUSED, replace(new, answered=False))).state is State.LOADING
 
 
 def test_one_thing_that_moves_is_a_load():
     """If log, memory, a processor or a GPU moves, the load goes on."""
-    assert {verdict(seen(REFUSED, saw(quiet=9999, **{thing: 1}))).state for thing in LOAD} == {State.LOADING}
+    looks = [saw(quiet=9999, answered=False, **{thing: 1}) for thing in LOAD]
+    assert {verdict(seen(REFUSED, look)).state for look in looks} == {State.LOADING}
 
 
 def test_the_first_trouble_is_the_verdict():
