@@ -121,7 +121,7 @@ class Gauge:
         names += glob.glob(f"{HUB}/models--{model.replace('/', '--')}/snapshots/*/*.safetensors")
         shards, used = [os.path.realpath(name) for name in sorted(names)], set()
         for one in psutil.process_iter(["name"]):
-            if one.info["name"].startswith("ray::RayWorker"):
+            if is_rank(one.pid, one.info["name"]):
                 used |= files_in_use(f"/proc/{one.pid}")
         self.last = max([self.last, *(number for number, shard in enumerate(shards) if shard in used)])
         for shard in {*shards[: self.last + 1]} - used:
@@ -340,7 +340,7 @@ def record(pid_file, folder, url, floor, drop):
         server = int(opened.read())  # also the id of its process group
     began = os.path.getmtime(pid_file)
     lows, last, silent, evicting, model = {}, {}, {}, {}, None
-    with contextlib.suppress(OSError), open(f"{pid_file.removesuffix('.pid')}.words") as opened:
+    with contextlib.suppress(OSError, IndexError), open(f"{pid_file.removesuffix('.pid')}.words") as opened:
         model = opened.read().splitlines()[2]  # vllm serve MODEL; a server that is being stopped has no words
     with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory-low.json") as opened:
         lows = json.load(opened)  # by an earlier recorder of the same server
