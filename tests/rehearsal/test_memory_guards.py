@@ -40,10 +40,10 @@ class Node:
         return line.startswith("/bin/bash /opt/inside/start.sh ray") and f"-address={self.host.address} " in line
 
     def memory(self) -> dict:
-        """Return what the guard has written within the last second; empty if the guard has not."""
+        """Return what the guard has written within the last two seconds; empty if it has written nothing."""
         with suppress(OSError, ValueError):
             told = json.loads((self.first / "root/dev/shm/node-memory.json").read_text())
-            return told if time.time() - told["at"] < 1 else {}
+            return told if time.time() - told["at"] < 2 else {}
         return {}
 
     def pids(self, name: str) -> list[Path]:
@@ -106,14 +106,15 @@ def take() -> Iterator[Callable[[Callable[[], object]], None]]:
 
 def lose_their_ranks(take: Callable, *nodes: Node) -> None:
     """Each guard's first signal comes within 20 ms of its reading. No rank is left on its node within a second."""
-    assert all(node.memory()["killed"] is None and node.pids("ray::RayWorker") for node in nodes)
-    take(lambda: all(node.memory()["killed"] for node in nodes))
+    assert all(node.memory().get("killed", 0) is None and node.pids("ray::RayWorker") for node in nodes)
+    take(lambda: all(node.memory().get("killed") for node in nodes))
+    killed = {node: node.memory()["killed"]["at"] for node in nodes}
     gone: dict[Node, float] = {}
 
     def empty() -> bool:
         for node in nodes:
             if node not in gone and not node.pids("ray::RayWorker"):
-                gone[node] = time.time() - node.memory()["killed"]["at"]
+                gone[node] = time.time() - killed[node]
         return len(gone) == len(nodes)
 
     assert wait(empty, 10, pause=0.01)
