@@ -23,13 +23,10 @@ def clean_up(settings: Settings, yes: bool) -> None:
     if not found:
         return say("Nothing to remove.")
     names = [container.name for container in found]
-    if not yes and not _agreed(", ".join(names)):
-        raise Exit("Nothing was removed.")
+    if not yes:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise Exit(f"There is no terminal to ask at. To remove {', '.join(names)}: inv cleanup --yes")
+        print(f"Did the previous run finish? Remove {', '.join(names)} [y/N]: ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Exit("Nothing was removed.")
     run(removal_command(names), whole=True)
-
-
-def _agreed(names: str) -> bool:
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise Exit(f"There is no terminal to ask at. To remove {names}: inv cleanup --yes")
-    print(f"Did the previous run finish? Remove {names} [y/N]: ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -13,6 +13,7 @@ from invoke import Exit
 from cluster import engine, image, server
 from cluster.command import say
 from cluster.node import CONTAINER, RAY_PORT, Network
+from cluster.notes import gpu_notes
 from cluster.ports import is_own_address, port_answers, port_obstacle
 from cluster.settings import DEFAULT_IMAGE, ModelSettings, Settings
 from cluster.token import knows_no_tokens, token_file
@@ -69,6 +70,7 @@ def _check_docker(settings: Settings) -> None:
     ray_version = labels.get("ray.version") or image.ask_ray_version(name)
     if not ray_version:
         raise Exit(f"{name} ({origin}) has no Ray. Type: {image.image_line(settings, has=True)}")
+    say(*gpu_notes(engine.client().info()))
     token = token_file(settings)
     if token is None:
         say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")

@@ -5,6 +5,7 @@ others can read, bring a note. A mistake of a file, a template or this machine i
 """
 
 import os
+import re
 import shlex
 import traceback
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,21 @@ def operator_notes(settings: Settings, shell: Mapping[str, str] = os.environ) ->
         with suppress(OSError):  # whoever needs the token stops at a file that cannot be reached
             if file.is_file() and file.stat().st_mode & 0o077:
                 yield f"{file_label(file)} holds a secret and others can read it: chmod 600 {shlex.quote(str(file))}"
+
+
+def gpu_notes(engine: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning if systemd takes the GPU from running containers at a daemon-reload. engine: `docker info`.
+
+    CDI prevents that (NVIDIA/nvidia-container-toolkit 48), and `--gpus` uses CDI from Docker 29.2 (moby 50228).
+    """
+    by_cdi = "nvidia.com/gpu" in str(engine.get("DiscoveredDevices"))
+    version = [int(number) for number in re.findall(r"\d+", engine.get("ServerVersion", ""))]
+    if engine.get("CgroupDriver") == "systemd" and not (by_cdi and version >= [29, 2]):
+        yield (
+            "Warning: `systemctl daemon-reload`, which updates of this host type too, takes the GPU from a running "
+            'container. Once: set "exec-opts": ["native.cgroupdriver=cgroupfs"] in /etc/docker/daemon.json, then type: '
+            "sudo systemctl restart docker; or use CDI (docs/systemd.md)."
+        )
 
 
 # --- A task that fails ------------------------------------------------------------------------------------------------

@@ -23,17 +23,15 @@ def plan_commands(settings: ModelSettings) -> list[Command]:
     found = find_links(settings["SYSFS"])
     if not any(link.up for link in found):
         say("This machine has no RoCE device that is up: the links are those that .env.example names.")
-        found = _example_links()
+        named = dict(re.findall("^#? ?(RDMA_HCAS|DATA_IFS)=(.+)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+        pairs = zip(named["RDMA_HCAS"].split(","), named["DATA_IFS"].split(","), strict=True)
+        found = [Link(hca, netdev, up=True, address="any") for hca, netdev in pairs]
     token = token_file(settings) or "none"
     say(f"Of this machine, and perhaps not of yours: the caches in {settings['CACHE_DIR']}, Ray's token: {token}.")
-    planned = node.head_commands(settings, node.network(settings, found, head))
+    net = node.network(settings, found, head)
+    names = dict.fromkeys((settings["PRIMARY_IF"], *net.interfaces))  # Gloo and NCCL open sockets on each, on any port
+    say("On every node that has a firewall, once:", *(f"  sudo ufw allow in on {name}" for name in names))
+    planned = node.head_commands(settings, net)
     for worker in workers:
         planned += node.worker_commands(settings, node.network(settings, found, worker))
     return [*planned, *server.launch_commands(settings)]
-
-
-def _example_links() -> list[Link]:
-    text = (ROOT / ".env.example").read_text()
-    named = dict(re.findall(r"^#? ?(RDMA_HCAS|DATA_IFS)=(.+)$", text, re.MULTILINE))
-    pairs = zip(named["RDMA_HCAS"].split(","), named["DATA_IFS"].split(","), strict=True)
-    return [Link(hca, netdev, up=True, address="any") for hca, netdev in pairs]

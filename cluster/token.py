@@ -29,8 +29,11 @@ def make_token(settings: Settings) -> None:
     """Write a random token that only its owner may read, and say how to copy it to the other nodes."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
     file, folder = shlex.quote(str(path)), shlex.quote(str(path.parent))
+    remote = shlex.quote(f"umask 077; mkdir -p {folder} && cat >{file}")
+    copies = [f"  ssh {host} {remote} <{file}" for host in settings.workers()]
     if path.is_file():
-        raise Exit(f"{path} is there already. To make another, first remove it on every node: rm {file}")
+        say(f"{path} is there already. To copy it to the other nodes:", *copies)
+        raise Exit(f"Nothing was made. To make another token, first remove this one on every node: rm {file}")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -38,9 +41,7 @@ def make_token(settings: Settings) -> None:
     except OSError as error:
         path.unlink()
         raise Exit(f"{path} cannot be written: {error.strerror}. Type: df -h {folder}") from None
-    say(f"The token is in {path}. Copy it to every other node, then bring all nodes up again:")
-    remote = shlex.quote(f"umask 077; mkdir -p {folder} && cat >{file}")
-    say(*(f"  ssh {host} {remote} <{file}" for host in settings.workers()))
+    say(f"The token is in {path}. Copy it to every other node, then bring all nodes up again:", *copies)
 
 
 def knows_no_tokens(ray_version: str) -> bool:

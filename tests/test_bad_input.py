@@ -11,6 +11,7 @@ from invoke import Exit
 import tasks
 from cluster import health, options, recorder, server
 from cluster.command import Command
+from cluster.settings import load_settings
 from cluster.token import make_token
 
 LONG = f"/tmp/{'x' * 300}"
@@ -119,7 +120,7 @@ def test_a_token_that_cannot_be_written_leaves_no_file(operator, tmp_path):
     file = tmp_path / "token"
     operator.setattr(os, "write", full)
     with pytest.raises(Exit, match=rf"^{file} cannot be written: No space left on device\. Type: df -h "):
-        make_token({"RAY_AUTH_TOKEN_PATH": str(file)})
+        make_token(load_settings(shell={"RAY_AUTH_TOKEN_PATH": str(file), "ENV_FILE": ""}))
     assert not file.exists()
 
 

@@ -71,6 +71,9 @@ def test_a_laptop_without_links_plans_with_the_documented_ones(inv, tmp_path):
     documented = dict(re.findall("^# (RDMA_HCAS|DATA_IFS)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
     assert said.out == inv("plan --model nemotron", **documented).out
     assert "the links are those that .env.example names" in said.err
+    opened = [line.removeprefix("  sudo ufw allow in on ") for line in said.err.splitlines() if " ufw allow " in line]
+    assert set(opened) == set(documented["DATA_IFS"].split(",")) and len(opened) == len(set(opened))
+    assert "  sudo ufw allow in on lan9\n" in inv("plan --model nemotron", PRIMARY_IF="lan9", **documented).err
 
 
 @pytest.mark.parametrize(

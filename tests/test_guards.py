@@ -50,8 +50,9 @@ class Container:
 
 @pytest.fixture
 def docker(operator):
-    """This node's Engine. A test sets its containers, and the labels of its image."""
-    found = SimpleNamespace(containers=[], labels={"ray.version": "2.60.0"})
+    """This node's Engine. A test sets its containers, the labels of its image, and what it says of itself."""
+    found = SimpleNamespace(containers=[], labels={"ray.version": "2.60.0"}, info={"CgroupDriver": "cgroupfs"})
+    operator.setattr(engine, "client", lambda: SimpleNamespace(info=lambda: found.info))
     operator.setattr(engine, "our_containers", lambda *_: found.containers)
     operator.setattr(engine, "image_labels", lambda name: found.labels)
     operator.setattr(server, "server_runs", lambda head: head.serving)
@@ -74,6 +75,7 @@ def _refused(guard, *args, model=None, **shell) -> str:
     return refusal.value.message
 
 
+CDI = [{"Source": "cdi", "ID": "nvidia.com/gpu=all"}]
 AT_HOME = Network(HERE, (), ("lo",))
 
 
@@ -171,6 +173,25 @@ def test_an_image_whose_ray_knows_no_tokens_is_refused(version, docker, tmp_path
     (tmp_path / "token").write_text("0a")
     said = _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
     assert f"is {version}, and tokens came with 2.52" in said and "inv build-image" in said
+
+
+@pytest.mark.parametrize(
+    ("info", "warns"),
+    [
+        ({"CgroupDriver": "systemd"}, True),
+        ({"CgroupDriver": "systemd", "DiscoveredDevices": [], "ServerVersion": "29.2.1"}, True),
+        ({"CgroupDriver": "systemd", "DiscoveredDevices": CDI, "ServerVersion": "28.5.1"}, True),
+        ({"CgroupDriver": "systemd", "DiscoveredDevices": CDI, "ServerVersion": "29.2.1"}, False),
+        ({"CgroupDriver": "cgroupfs"}, False),
+    ],
+)
+def test_a_gpu_that_a_daemon_reload_would_take_is_said_beforehand(info, warns, docker, ray_port, capfd):
+    """Head and worker warn where systemd holds the devices of containers, and `--gpus` does not go by CDI."""
+    docker.info = info
+    _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
+    _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=ELSEWHERE, WAIT_HEAD_S="0")
+    said = capfd.readouterr().err
+    assert said.count("Warning: `systemctl daemon-reload`") == said.count("native.cgroupdriver=cgroupfs") == 2 * warns
 
 
 def test_a_held_ray_port_is_named_with_its_holder(docker, ray_port):
@@ -353,8 +374,9 @@ def test_the_printed_lines_copy_the_token(operator, tmp_path, capfd):
     subprocess.run(["bash", "-c", line], check=True)
     copied = tmp_path / "there/a b/tok'$x"
     assert copied.read_text() == place.read_text() and copied.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(Exit, match="is there already") as again:
-        token.make_token(load_settings(shell=shell))
+    with pytest.raises(Exit, match=r"^Nothing was made") as again:
+        token.make_token(load_settings(shell=shell | {"WORKER_HOSTS": "spark-2"}))
+    assert line in capfd.readouterr().err.splitlines()
     assert again.value.message.endswith(f"rm {shlex.quote(str(place))}")
     with pytest.raises(FileExistsError, match="tok"):
         token.make_token(load_settings(shell=shell | {"RAY_AUTH_TOKEN_PATH": f"{place}/token"}))

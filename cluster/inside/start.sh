@@ -1,5 +1,6 @@
 #!/bin/bash
 # The first program of a node's container: start.sh PROGRAM ARGUMENT... starts the memory guard, then becomes PROGRAM.
+# For `ray` it becomes ray_start.py, which is Ray with two refusals said in a sentence.
 #
 # Bash runs this file, because NVIDIA's images set library paths in bash's start-up files. The guard is a process of its
 # own, because Ray may stand still where memory is short. Python starts without site-packages, so that little is locked.
@@ -12,4 +13,5 @@ guard() { # start the guard, and start it again if it dies
 }
 
 guard </dev/null &
+[ "$1" != ray ] || set -- python3 -P "${0%/*}/ray_start.py" "$@" # -P: a script beside it must hide no module of Ray
 exec "$@"

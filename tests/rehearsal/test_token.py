@@ -3,8 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from operating import inv
+from operating import containers, inv
 from test_nodes_disagree import ALLOW, check, joined
+
+from rehearsal.flow import IMAGE
 
 pytestmark = pytest.mark.rehearsal
 ASK = "import ray; ray.init(address='10.0.0.1:6379', log_to_driver=False); print(len(ray.nodes()), 'nodes')"
@@ -48,20 +50,53 @@ def test_with_the_token_the_nodes_work_and_other_clients_are_refused(sparks, ter
     assert "2 nodes" in inside.stdout, inside.stderr
 
 
-def test_a_worker_without_it_is_refused(sparks, terminal, token):
-    """The worker's terminal names the token, and Ray keeps only the head."""
+def refused(host, terminal, sentence, **env) -> None:
+    """Type `inv worker` with and without --detach. Each ends with the sentence, and without a traceback."""
+    worker = terminal(host, "worker", "--model", "rehearsal", **env)
+    assert worker.process.wait(120) == 1
+    detached = inv(host, "worker", "--model", "rehearsal", "--detach", **env)
+    assert detached.returncode == 1 and containers(host) == ""
+    for said in (worker.read(), detached.stderr):
+        assert sentence in said.strip().splitlines()[-1] and "Traceback" not in said, said
+
+
+def test_a_worker_without_it_is_refused(sparks, terminal, token, tmp_path):
+    """The last line names what differs, and the head's task that prints the copy line. Ray keeps only the head."""
     terminal(sparks[0], "head", "--model", "rehearsal", **token[0]).until("Ray runtime started")
-    worker = terminal(sparks[1], "worker", "--model", "rehearsal", RAY_AUTH_TOKEN_PATH="/none")
-    assert worker.process.wait(120) != 0
-    assert "oken" in worker.read()
+    tells = "The head (10.0.0.1) has a token, and this node has {}. Type on the head: inv token; then the line "
+    refused(sparks[1], terminal, tells.format("none"), RAY_AUTH_TOKEN_PATH="/none")
+    (tmp_path / "other").write_text("another")
+    refused(sparks[1], terminal, tells.format("another"), RAY_AUTH_TOKEN_PATH=str(tmp_path / "other"))
     found = check(sparks[0], "--allow", f"{ALLOW},nodes")
     assert "10.0.0.2" not in found.stdout
+
+
+def test_a_worker_with_another_ray_is_refused(sparks, terminal):
+    """The last line has the versions of both images, and the line that copies the head's image."""
+    there = sparks[1]
+    own = there.run("docker", "image", "inspect", "--format", "{{.Id}}", IMAGE).stdout.strip()
+    change = (
+        """sed -i 's/^version = .*/version = "2.58.0"/' $(python3 -c 'import ray._version as v; print(v.__file__)')"""
+    )
+    made = there.run(
+        "docker", "build", "--network", "host", "--tag", IMAGE, "-", input=f"FROM {own}\nRUN {change}\n", stdin=None
+    )
+    assert made.returncode == 0, made.stderr
+    try:
+        terminal(sparks[0], "head", "--model", "rehearsal").until("Ray runtime started")
+        sentence = (
+            f"has Ray 2.58.0 and Python 3.11.2. Type on the head: docker save {IMAGE} | ssh 10.0.0.2 docker load."
+        )
+        refused(there, terminal, sentence)
+    finally:
+        there.run("docker", "tag", own, IMAGE)
 
 
 def test_a_second_token_is_not_made_over_the_first(sparks, token):
     """Every node would need the new token, so a person has to remove the old token first."""
     again = inv(sparks[0], "token", **token[0])
     assert again.returncode != 0 and "is there already" in again.stderr
+    assert "  ssh 10.0.0.2 'umask 077; " in again.stderr
 
 
 def test_without_a_token_the_head_says_what_is_open(sparks, terminal):
