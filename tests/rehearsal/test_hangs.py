@@ -133,7 +133,6 @@ def test_a_hang_that_the_counters_do_not_show(pair, health):
     """A request that hangs an idle engine is in none of the engine's counters, so health counts its own waiting."""
     with stopped(pair[1], RANK):
         health.becomes(13, 90, HANG_S="20")
-        print(vitals(pair[0]))
         assert vitals(pair[0])["running"] == 0
     health.becomes(0)
 
