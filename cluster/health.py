@@ -196,6 +196,8 @@ def _silent(seen: Seen, answer: Answer, hang: float) -> Verdict:
     # On an idle server nothing moves, so only seconds in which a request waited count.
     still, thing = 0.0, "counter, rank or GPU"
     if recorded := seen.recorded:
+        deaf = [f"{at} for {seconds:.0f} s" for at, seconds in recorded.silent.items()]
+        late += f", and the recorder does not reach {', '.join(deaf)}" if deaf else ""
         still = min(recorded.quiet(*recorded.work), max(seen.waited, recorded.quiet("waiting")))
         thing = "counter of the engine" if recorded.answered else thing
     if still >= hang:

@@ -221,6 +221,12 @@ def test_a_node_that_the_recorder_does_not_reach_is_not_called_healthy(seconds, 
     assert said.state is state and (state is State.HEALTHY or "does not reach 10.0.0.2 (30 s)" in said.why)
 
 
+def test_a_node_that_the_recorder_does_not_reach_is_named_without_a_token():
+    """A node that is cut off is lost only when Ray gives it up. Until then the server looks like a busy one."""
+    said = verdict(seen(SILENT, replace(saw(unseen=True), silent={WORKER: 31})))
+    assert said.state is State.BUSY and "3 s, and the recorder does not reach 10.0.0.2 for 31 s; 0 s ago" in said.why
+
+
 def test_one_look_that_was_missed_is_no_lost_rank():
     """A busy node may answer late. Its rank counts as lost only if Ray has lost the node too."""
     for nodes in ([HEAD, WORKER], None):
