@@ -28,6 +28,7 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:
-        if sentence := refusal(str(error), os.environ):
-            sys.exit(sentence)
-        raise
+        if (sentence := refusal(str(error), os.environ)) is None:
+            raise
+        print(sentence, flush=True)  # Ray's own lines may still wait in this stream: the sentence comes last
+        sys.exit(1)
