@@ -93,7 +93,7 @@ def examine(words: Sequence[str], known: Known, env: Mapping[str, str]) -> dict[
     given, vllm = given_options(words), vllm_version(known.vllm)
     last = {name: " ".join(values) for name, values in given}
     found = {}
-    # RayDistributedExecutor, the older executor, runs unless the variable asks for the newer one, or it is the default.
+    # The older executor, RayDistributedExecutor, runs unless the newer one is asked for or is the default.
     newer = env.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1" if vllm >= (0, 21, 0) else "0") == "1" and vllm >= (0, 20)
     overlaps = "--async-scheduling" in last and "--no-async-scheduling" not in last
     if overlaps and last.get("--distributed-executor-backend") == "ray" and not newer:
@@ -129,39 +129,31 @@ def given_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 # --- The knobs that take an option off the line -----------------------------------------------------------------------
 
 
-def gated(
-    settings: ModelSettings, head: Container, known: Known
-) -> tuple[ModelSettings, Sequence[str], Sequence[Finding]]:
+def gated(settings: ModelSettings, head: Container, known: Known) -> tuple[ModelSettings, list[str], list[Finding]]:
     """Return the settings for the launch, a sentence for each knob that IMAGE_GATES=auto emptied, and the findings."""
-    env = container_environment(head)
-    said: list[str] = []
-    while problems := examine(serve_words(settings), known, env):
-        knobs = {option: knob for option in problems if (knob := _knob(settings, option))}
-        if not knobs or settings["IMAGE_GATES"] != "auto":
-            break
-        option, knob = next(iter(knobs.items()))
-        settings = settings.emptied([knob], "IMAGE_GATES=auto")
-        said.append(f"{problems[option]} IMAGE_GATES=auto sets {knob}={_off(knob)}")
-    findings = []
-    for option, problem in problems.items():
-        if option in knobs:
-            off = settings.line(**{knobs[option]: _off(knobs[option])})
-            do = f"Type: {off}; or: {settings.line(IMAGE_GATES='auto')}"
+    findings: list[Finding] = []
+    for option, problem in examine(serve_words(settings), known, container_environment(head)).items():
+        if knob := _knob(settings, option):
+            off = "0" if knob.startswith("ENABLE_") else ""
+            if settings["IMAGE_GATES"] == "auto":  # the line is read anew, because one knob may write several options
+                settings, said, findings = gated(settings.emptied([knob], "IMAGE_GATES=auto"), head, known)
+                return settings, [f"{problem} IMAGE_GATES=auto sets {knob}={off}", *said], findings
+            do = f"Type: {settings.line(**{knob: off})}; or: {settings.line(IMAGE_GATES='auto')}"
         else:
             in_template = option in dict(given_options(serve_words(settings.emptied(["SERVE_EXTRA"], "a trial"))))
             place = f"{settings.model.serve}, which has no knob for it," if in_template else "SERVE_EXTRA"
             do = f"Take it out of {place} or serve with another image: {settings.line(VLLM_IMAGE='...')}"
         findings.append(Finding("options", f"{problem} {do}"))
-    return settings, said, findings
+    return settings, [], findings
 
 
 def uncontradicted(settings: ModelSettings) -> ModelSettings:
     """Return the settings. Raise Exit if SERVE_EXTRA has an option of a knob: recorder and checks go by the knob."""
     plain = settings.emptied(["SERVE_EXTRA"], "a trial")
+    written = dict(given_options(serve_words(plain)))
+    # `--no-x` is --x, `--x.y` is a part of --x, and `-tp` is --tensor-parallel-size.
+    long = {"-" + "".join(part[:1] for part in name[2:].removesuffix("-size").split("-")): name for name in written}
     for extra, _ in given_options(shlex.split(settings["SERVE_EXTRA"])):
-        written = dict(given_options(serve_words(plain)))
-        # `--no-x` is --x, `--x.y` is a part of --x, and `-tp` is --tensor-parallel-size.
-        long = {"-" + "".join(part[:1] for part in name[2:].removesuffix("-size").split("-")): name for name in written}
         option = extra.partition(".")[0].replace("--no-", "--", 1)
         option = long.get(option, option)
         for knob, words in _lines_without(plain).items():
@@ -174,11 +166,6 @@ def _lines_without(settings: ModelSettings) -> dict[str, list[str]]:
     """Return the server's line without each knob that is set. In this order ENABLE_X comes behind X."""
     knobs = sorted(filter(settings.get, settings.model.knobs - {"SERVE_EXTRA"}), reverse=True)
     return {knob: serve_words(settings.emptied([knob], "a trial")) for knob in knobs}
-
-
-def _off(knob: str) -> str:
-    """Return the value that drops a knob's words: 0 for ENABLE_X, nothing for the others."""
-    return "0" if knob.startswith("ENABLE_") else ""
 
 
 def _knob(settings: ModelSettings, option: str) -> str | None:

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from docker.models.containers import Container
 
 # What vLLM 0.17 to 0.32 prints of each rank (v1/worker/gpu_worker.py and gpu_model_runner.py), in GiB. A CPU build has
-# other words for its cache. With --kv-cache-memory-bytes vLLM does not print how much of its share the cache gets.
+# other words for its cache. With --kv-cache-memory-bytes vLLM does not print how much of its share the cache gets. The
+# engine prints the tokens of the whole cache, on the head.
 PRINTED = {
     "model": re.compile(r"Model loading took (\d+\.\d+) GiB"),
     "cache": re.compile(r"(?:Available KV cache memory:|(?:Auto|Explicitly) set) \(?(\d+\.\d+)[ /]"),
     "graphs": re.compile(r"Graph capturing finished in \d+ secs, took (\d+\.\d+) GiB"),
+    "tokens": re.compile(r"KV cache size: ([\d,]+) tokens"),
 }
-TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 # Ray writes the address before a line of a rank on another node.
 ADDRESS = re.compile(r"\bip=([\d.]+)")
 READY = "Application startup complete"
@@ -65,27 +66,24 @@ def keep_readings(settings: ModelSettings) -> None:
             printed = log.read(LOG_BYTES)
         if READY in printed:
             loads = kept_json(folder / "readings.json", kind=list) or []
-            read = read_printed(printed.splitlines(), settings["HEAD_NODE_IP"])
-            keep_json(folder / "readings.json", [*loads, note | read][-LOADS:])
+            nodes = read_printed(printed.splitlines(), settings["HEAD_NODE_IP"])
+            keep_json(folder / "readings.json", [*loads, note | {"nodes": nodes}][-LOADS:])
             (folder / "loading.json").unlink()
 
 
-def read_printed(lines: Iterable[str], head: str) -> dict[str, Any]:
-    """Return the tokens of the cache, and for each node the readings of its rank in GiB. head: the head's address."""
+def read_printed(lines: Iterable[str], head: str) -> dict[str, dict[str, float]]:
+    """Return the readings of each node's rank in GiB, and the tokens of the cache. head: the head's address."""
     nodes: dict[str, dict[str, float]] = {}
-    tokens = None
     for line in lines:
         address = found[1] if (found := ADDRESS.search(line)) else head
         for name, pattern in PRINTED.items():
             if found := pattern.search(line):
-                nodes.setdefault(address, {})[name] = float(found[1])
-        if found := TOKENS.search(line):
-            tokens = int(found[1].replace(",", ""))
-    return {"tokens": tokens, "nodes": nodes}
+                nodes.setdefault(address, {})[name] = float(found[1].replace(",", ""))
+    return nodes
 
 
 def loads_here(settings: ModelSettings, head: Container) -> list[Loaded]:
-    """Return the kept loads of the same line, each with the worst readings of its nodes. A damaged one is left out."""
+    """Return the kept loads of the same line, each with the worst readings of its nodes. A damaged load is left out."""
     found, key = [], _load_key(settings, head)
     for load in kept_json(log_folder(settings) / "readings.json", kind=list) or []:
         with suppress(LookupError, TypeError, ValueError, AttributeError):
