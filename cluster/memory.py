@@ -41,11 +41,10 @@ def checkpoint_folder(hf_cache: Path, checkpoint: str) -> Path | None:
 
 
 def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape | None, dict[str, int | None], str]:
-    """Read the shape of a model and the sizes of MEASURED in bytes, each None where it is not known.
+    """Read the shape of a model, and the sizes of MEASURED in bytes. None stands for what is not known.
 
-    profile: the JSON file beside the model's profile. folder: the checkpoint's folder. If it has a config.json or an
-    index of the weights, that file is read in place of the profile. Neither is needed. The third value is the reason
-    why there is no shape, with the file and the key.
+    profile: the JSON file beside the model's profile. folder: the checkpoint's folder, whose config.json and index of
+    the weights count before the profile. The third value is the reason why there is no shape.
     """
     file, config, sizes = profile, None, {name: _gib(size) for name, size in MEASURED.items()}
     try:
@@ -64,7 +63,7 @@ def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape | None,
             file = folder / "config.json"
             config = json.loads(file.read_text())
         if config is None:
-            raise ValueError("there is no such file, or no config in it, and the checkpoint here has no config.json")
+            raise ValueError("no such file, or no config in it, and the checkpoint here has no config.json")
         return read_shape(config), sizes, ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return None, sizes, f"{file} is not understood: {error}."
@@ -83,7 +82,8 @@ def _gib(found: float | None) -> int | None:
 class NodeMemory:
     """MemTotal, MemAvailable, MemFree, Cached and the used swap of a node in bytes, None if the node did not say.
 
-    `device` is the memory that NVML reports for the GPU. A GB10 has none of its own: NVML says "not supported".
+    `device` is the memory that NVML reports for the GPU. A GB10 has none of its own: NVML says "not supported", and
+    vLLM takes its share of MemTotal.
     """
 
     name: str
@@ -94,6 +94,10 @@ class NodeMemory:
     cached: int | None = None
     swap: int | None = None
 
+    def share(self, utilization: float) -> int:
+        """Return the memory that vLLM asks for with this GPU_MEM_UTIL, by request_memory."""
+        return ceil((self.device or self.total or 0) * utilization)
+
 
 # One of the article's nodes: of 121.7 GiB the system, Docker and an idle Ray had taken 4.3. `plan` computes with this.
 SPARK = NodeMemory("a Spark", int(121.7 * GIB), int(117.4 * GIB))
@@ -101,10 +105,7 @@ SPARK = NodeMemory("a Spark", int(121.7 * GIB), int(117.4 * GIB))
 
 @dataclass(frozen=True)
 class Loaded:
-    """What vLLM printed when the same line was loaded here: the date, the utilization, and sizes of a rank in bytes.
-
-    `model` and `graphs` are 0 where vLLM printed none.
-    """
+    """What vLLM printed of a load here: the date, the utilization, and sizes of a rank in bytes, 0 if not printed."""
 
     on: str
     utilization: float
@@ -117,11 +118,10 @@ class Loaded:
 class Budget:
     """The memory of one node with the model on it.
 
-    vLLM takes `reservation` at any context length. Weights, activations and graphs come first, and the cache gets what
-    they leave. `outside` comes on top. A size in `lacking` is not known and counts as 0. `layout` is None where the
-    cache is not computed. Each of the `sequences` needs a block of the cache. The number is 0 unless the model has
-    states and decoding is captured in CUDA graphs. `batched` is the number of tokens that one step computes at most.
-    `loaded` is the date of the load from which the model's sizes come, empty if they are estimates.
+    vLLM takes `reservation` at any context length. The cache gets what weights, activations and graphs leave of it.
+    `outside` comes on top. A size in `lacking` is not known and counts as 0. Each of the `sequences` needs a block of
+    the cache; their number is 0 unless the model has states and decoding is captured in CUDA graphs. A step computes at
+    most `batched` tokens. `loaded` is the date of the load that gave the sizes, empty if they are estimates.
     """
 
     node: NodeMemory
@@ -147,7 +147,7 @@ class Budget:
 
         That option replaces only the size of the cache (determine_available_memory of v1/worker/gpu_worker.py).
         """
-        asked = ceil((self.node.total or 0) * self.demand.utilization)
+        asked = self.node.share(self.demand.utilization)
         return max(asked, self.own + self.demand.cache) if self.demand.cache else asked
 
     @property
@@ -162,16 +162,20 @@ class Budget:
         return max(self.cache or 0, 0) // self.layout.block_bytes if self.layout else 0
 
     @property
+    def taken(self) -> int:
+        """The memory that the server takes of the host: without the reservation if the GPU has its own memory."""
+        return self.outside + (0 if self.node.device else self.reservation)
+
+    @property
     def left(self) -> int:
         """The memory that the host keeps once the server is up."""
-        return (self.node.available or 0) - self.reservation - self.outside
+        return (self.node.available or 0) - self.taken
 
 
 def node_budget(layout: Layout | None, sizes: Mapping[str, int | None], demand: Demand, node: NodeMemory) -> Budget:
-    """Compute the memory of one node. sizes: those of MEASURED in bytes.
+    """Estimate the memory of one node. sizes: those of MEASURED in bytes.
 
-    Weights and activations are estimates. The cache is exact for the memory that they leave. Activations were measured
-    with 8192 batched tokens. More tokens are scaled up. Fewer are not scaled down, because nobody has measured that.
+    Activations were measured with 8192 batched tokens. Nobody has measured fewer, so only more tokens are scaled.
     """
     # vLLM's defaults for an API server, by get_batch_defaults in engine/arg_utils.py of 0.17.1 to 0.32.0. All of these
     # ask NVML alone. vLLM's PR 57378, not merged in October 2026, asks CUDA on a GB10: then 1024 and 8192 there, too.
@@ -202,21 +206,20 @@ def as_loaded(budget: Budget, loads: Sequence[Loaded]) -> Budget:
     """
     if not loads or budget.demand.cache:
         return budget
-
-    def taken(load: Loaded) -> int:
-        return ceil((budget.node.total or 0) * load.utilization) - load.cache
-
-    load = max(reversed(loads), key=taken)
+    share = budget.node.share
+    load = max(reversed(loads), key=lambda load: share(load.utilization) - load.cache)
     weights = load.model or budget.weights
-    activations = max(taken(load) - weights - load.graphs, 0)
+    activations = max(share(load.utilization) - load.cache - weights - load.graphs, 0)
     known = replace(budget, weights=weights, activations=activations, graphs=load.graphs)
     return replace(known, lacking=(), loaded=load.on)
 
 
 def budget_rows(budget: Budget) -> list[tuple[str, str]]:
     """Return the computation for one node as rows of a table: a label, and a size in GiB."""
-    node, layout, length = budget.node, budget.layout, budget.demand.length
+    node, layout, length, share = budget.node, budget.layout, budget.demand.length, budget.demand.utilization
     source = f"as loaded here on {budget.loaded}" if budget.loaded else "allowance"
+    parts = {"weights": "weights on this rank", "activations": f"activations ({source})"}
+    parts |= {"graphs": f"CUDA graphs ({source})"}
     cache = [("KV cache (its tokens are not computed)", in_gib(budget.cache))]
     if layout:
         times = budget.blocks / layout.needed(length)
@@ -224,13 +227,11 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
             (f"KV cache: {int(times * length):,} tokens, {times:.2f} x {length:,}", in_gib(budget.cache)),
             (f"  of it {length:,} tokens take", in_gib(layout.least(length))),
         ]
-    parts = {"weights": "weights on this rank", "activations": f"activations ({source})"}
-    parts |= {"graphs": f"CUDA graphs ({source})"}
     least = "at least " if budget.demand.cache else ""
     return [
         *((label, in_gib(None if name in budget.lacking else getattr(budget, name))) for name, label in parts.items()),
         *cache,
-        (f"reserved by vLLM: {least}{budget.demand.utilization:g} x {in_gib(node.total)}", in_gib(budget.reservation)),
+        (f"reserved by vLLM: {least}{share:g} x {in_gib(node.device or node.total)}", in_gib(budget.reservation)),
         ("server outside it (allowance)", in_gib(budget.outside)),
         ("left for the host", in_gib(None if None in (node.total, node.available) else budget.left)),
     ]
@@ -255,11 +256,10 @@ def memory_budgets(
     vllm: the version that will run. hf_cache: this host's Hugging Face folder. With None the profile alone is read.
     loads: what vLLM printed here of the same line.
     """
-    model = settings.model
     try:
         demand = read_demand(serve_words(settings), vllm_version(vllm))
     except CannotKnow as error:
-        return [], [Finding("memory-unknown", f"The memory that {model.name} takes is unknown. {error}")]
+        return [], [Finding("memory-unknown", f"The memory that {settings.model.name} takes is unknown. {error}")]
     profile, folder = _figures(settings, hf_cache)
     shape, sizes, reason = read_model(profile, folder)
     layout, why = None, [reason, demand.unknown]
@@ -272,13 +272,7 @@ def memory_budgets(
         why.append(f"{profile} gives no {', '.join(lacking)}.")
     found = list(dict.fromkeys(finding for budget in budgets for finding in memory_findings(budget, settings)))
     if any(why):
-        size = "the log of the load will have it"
-        if read := [(budget.cache or 0, budget.loaded) for budget in budgets if budget.loaded]:
-            size = f"it has {in_gib(min(read)[0])} GiB, as loaded here on {read[0][1]}"
-        text = (
-            f"The KV cache of {model.name} is not computed, but {size}. The host's memory is judged by what vLLM "
-            f"reserves. {' '.join(filter(None, why))}"
-        )
+        text = f"The KV cache of {settings.model.name} is not computed. {' '.join(filter(None, why))}"
         if demand.cache and (lacking or demand.unknown):
             text += " With --kv-cache-memory-bytes vLLM takes more where the weights need more."
         found.insert(0, Finding("memory-unknown", text, refuses=False))
@@ -309,8 +303,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     """Return everything that is wrong with the memory of one node.
 
     A Spark with too little memory hangs until its power is cut. vLLM itself checks only the cache, after minutes of
-    loading. Its check of the sequences is in config/compilation.py, 0.20 to 0.32: "exceeds available Mamba cache
-    blocks".
+    loading, and the sequences in config/compilation.py of 0.20 to 0.32 ("exceeds available Mamba cache blocks").
     """
     node, demand, layout = budget.node, budget.demand, budget.layout
     as_loaded_here = f", as loaded here on {budget.loaded}" if budget.loaded else ""
@@ -325,12 +318,11 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
             found.append(Finding(rule, text + _proposal(budget, settings, max, keeps), refuses=rule == "memory-floor"))
             break
     # Public reports of GB10 with the cache full: vLLM 56824 (NV_ERR_NO_MEMORY), and a load at a tenth of its speed.
-    taken = budget.reservation + budget.outside
-    if node.free is not None and node.free < taken <= node.available:
+    if node.free is not None and node.free < budget.taken <= node.available:
         text = (
-            f"{node.name} has {in_gib(node.free)} GiB of free pages, and this model takes {in_gib(taken)}. The kernel "
-            "would have to give page cache back during the load. A GB10 can then load slowly, or fail with "
-            f"NV_ERR_NO_MEMORY. Type on {node.name}: sync; echo 1 | sudo tee /proc/sys/vm/drop_caches"
+            f"{node.name} has {in_gib(node.free)} GiB of free pages, and this model takes {in_gib(budget.taken)}. The "
+            "kernel must give page cache back, and a GB10 can load slowly or fail with NV_ERR_NO_MEMORY. Type on "
+            f"{node.name}: sync; echo 1 | sudo tee /proc/sys/vm/drop_caches"
         )
         found.append(Finding("page-cache", text, refuses=False))
     if layout and budget.cache is not None and (largest := layout.largest(budget.cache)) < demand.length:
@@ -380,7 +372,7 @@ def _proposal(
         by_bytes = demand.cache and (choose is min or budget.own + demand.cache > highest)
         if by_bytes and lowest <= highest:
             return f"Give --kv-cache-memory-bytes {int(choose([lowest, highest])) - budget.own}."
-        fitting = [share for share in shares if lowest <= ceil((budget.node.total or 0) * share) <= highest]
+        fitting = [share for share in shares if lowest <= budget.node.share(share) <= highest]
         if fitting and not by_bytes:
             return f"Type: {settings.line(GPU_MEM_UTIL=f'{choose(fitting):.2f}')}"
     option = "--kv-cache-memory-bytes" if by_bytes else f"GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g})"

@@ -26,7 +26,7 @@ from cluster.settings import load_settings
 
 NEMOTRON, MEASURED, _ = read_model(ROOT / "nemotron/120b.json")
 QWEN30, QWEN122 = (read_model(ROOT / f"qwen/{size}.json")[0] for size in ("30b", "122b"))
-H100 = NodeMemory("an H100", int(79.19 * GIB), int(78.5 * GIB), int(79.65 * GIB))
+H100 = NodeMemory("an H100", 1000 * GIB, 900 * GIB, int(79.19 * GIB))  # as CUDA counts its memory; NVML: 79.65
 ARTICLE = Demand(1048576, 0.75, tp=2, cache_dtype="fp8")
 MTP = replace(ARTICLE, drafts=3)
 
@@ -73,6 +73,17 @@ def test_two_h100_with_mtp_to_the_token():
     layout = cache_layout(NEMOTRON, MTP)
     assert (layout.block, int(15.29 * GIB) // layout.block_bytes, layout.needed(1048576)) == (8432, 845, 145)
     assert numbers(layout, 845, 1048576) == (6_110_667, 5.83)
+
+
+@pytest.mark.parametrize(
+    ("asked", "blocks", "tokens", "times"),
+    [(ARTICLE, 1222, "9,707,271", "9.26"), (ARTICLE, 1260, "10,009,134", "9.55"), (MTP, 845, "6,110,667", "5.83")],
+)
+def test_the_table_has_the_tokens_that_vllm_printed(asked, blocks, tokens, times):
+    """vLLM cuts the tokens and does not round: 1222 / 132 x 1,048,576 is 9,707,271.76."""
+    size = blocks * cache_layout(NEMOTRON, asked).block_bytes
+    labels = [label for label, _ in budget_rows(budget(replace(asked, cache=size)))]
+    assert f"KV cache: {tokens} tokens, {times} x 1,048,576" in labels
 
 
 def test_states_in_bytes():
@@ -179,6 +190,14 @@ def test_the_readings_of_a_real_start():
     assert [one.cache / GIB for one in (plain, drafted)] == pytest.approx([20.01, 15.29], abs=0.15)
 
 
+def test_a_gpu_with_its_own_memory():
+    """vLLM takes its share of the GPU's memory, and the host loses only what the server's processes take."""
+    found = budget(node=H100)
+    assert found.reservation / GIB == pytest.approx(0.75 * 79.19) and found.left == 892 * GIB
+    assert dict(budget_rows(found))["reserved by vLLM: 0.75 x 79.2"] == "59.4"
+    assert rules(node=replace(H100, free=20 * GIB)) == []
+
+
 def test_the_article_at_half_a_million_tokens():
     """18.1 of 121.7 GiB left, as the article read it. A million tokens leave the same."""
     half = budget(replace(ARTICLE, length=524288))
@@ -237,10 +256,10 @@ def test_a_cache_that_was_read_decides(monkeypatch):
 
 
 def test_a_cache_without_a_formula_has_the_size_that_was_read():
-    """The warning says the size of the cache and its date, and sizes that the profile lacks are not missed."""
+    """The table has the size of the cache, and sizes that the profile lacks are not missed."""
     (read,), (finding,) = memory_budgets(settings(PP_SIZE="2"), [SPARK], "0.21.0", None, [loaded(20.01)])
     assert (finding.rule, finding.refuses) == ("memory-unknown", False) and read.cache == pytest.approx(20.01 * GIB)
-    assert "but it has 20.0 GiB, as loaded here on 2026-11-24." in finding.text
+    assert ("KV cache (its tokens are not computed)", "20.0") in budget_rows(read)
     lacking = replace(budget(), layout=None, lacking=("weights",), weights=0)
     assert lacking.cache is None and as_loaded(lacking, [loaded(20.01)]).cache == pytest.approx(20.01 * GIB)
 
