@@ -97,6 +97,9 @@ SAME = {
     "the addresses (ip -4 address).",
 }
 
+# The end of a sentence that has asked the operator to list /dev/infiniband.
+NO_RDMA = "if it is gone, a cold boot; then bring the node up again. TCP on purpose: RDMA_HCAS= on every node."
+
 
 def find_disagreements(nodes: Sequence[Node], settings: Settings) -> list[Finding]:
     """Return the findings of all rules. The first of the nodes is the head."""
@@ -158,11 +161,9 @@ def _enough(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     first: dict[str, Node] = {}
     for node, host in _told(nodes, "host"):
-        twin = first.setdefault(host, node)
-        if twin is not node:
-            whose = "the head's own machine" if twin is nodes[0] else f"the machine of {twin.address}"
-            text = f"The worker {node.address} was started on {whose} ({twin.hostname}), so both ranks would share one "
-            yield Finding("hosts", f"{text}Spark. End it by Ctrl-C; then on the other Spark: {settings.line('worker')}")
+        if (twin := first.setdefault(host, node)) is not node:
+            text = f"The worker {node.address} was started on the machine of {twin.address} ({twin.hostname}). "
+            yield Finding("hosts", f"{text}End it by Ctrl-C; then type on the other Spark: {settings.line('worker')}")
 
 
 def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -176,11 +177,9 @@ def _checkout(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     now = repository_digest()
     started = [(node.address, digest or "none") for node, digest in _told(nodes, "repository") if digest != now]
     if started:
-        text = (
-            f"This checkout (sha256 {now:.12}) is not the version of this repository that started "
-            f"{', '.join(f'{address} ({digest:.12})' for address, digest in started)}. In both checkouts: git status; "
-            f"git pull; then inv down; then {settings.line('up')}"
-        )
+        nodes_of_it = ", ".join(f"{address} ({digest:.12})" for address, digest in started)
+        text = f"Another version than this checkout (sha256 {now:.12}) started {nodes_of_it}. "
+        text += f"In both checkouts: git status; git pull; then inv down; then {settings.line('up')}"
         yield Finding("wrapper", text, refuses=False)
 
 
@@ -192,13 +191,9 @@ def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             told = ", ".join(f"{address} has {'none' if value is None else value}" for address, value in values.items())
             text = (
                 f"Every container must start with {name}={settings[name]}, because Ray does not pass it to a worker: "
-                f"{told}. Where it differs: Ctrl-C, then {_bring_up(settings)}"
+                f"{told}. Where it differs: Ctrl-C, then {settings.line('head or inv worker')}"
             )
             yield Finding("variables", text)
-
-
-def _bring_up(settings: Settings) -> str:
-    return settings.line("head or inv worker")
 
 
 def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -208,14 +203,12 @@ def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             lack = "no device in /dev/infiniband" if node["infiniband"] == [] else "no right to lock memory (IPC_LOCK)"
             text = (
                 f"{node.address}: the container has {lack}, so NCCL would use TCP. On that node: ls /dev/infiniband; "
-                "if it is gone, a cold boot; then bring the node up again. TCP on purpose: RDMA_HCAS= on every node."
             )
-            yield Finding("rdma", text)
+            yield Finding("rdma", text + NO_RDMA)
         if isinstance(node["memlock"], int) and node["memlock"] != -1:
             text = (
-                f"{node.address}: the container may lock {node['memlock'] // 1024} KiB of memory, and RDMA locks "
-                f"gigabytes. {_bring_up(settings)} lifts the limit. If the node was brought up so, docker info on it "
-                "names a runtime other than runc, which keeps the limit."
+                f"{node.address}: the container may lock {node['memlock'] // 1024} KiB of memory, but RDMA locks "
+                "gigabytes. Bring the node up again. A limit that stays is of a runtime other than runc: docker info"
             )
             yield Finding("memlock", text)
 
@@ -252,16 +245,12 @@ def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         for name, link in used.items():
             if link["state"] != "up":
                 text = (
-                    f"{node.address}: {name} is {link['state']}, but its container uses {name}, which can stall NCCL. "
-                    f"Check the cable; or bring the node up without {name}: Ctrl-C, then {_bring_up(settings)}"
+                    f"{node.address}: {name} is {link['state']}, and NCCL may hang on it. Check the cable; or Ctrl-C, "
                 )
-                yield Finding("links", text)
+                yield Finding("links", f"{text}then without {name}: {settings.line('head or inv worker')}")
         if small := [f"{name} has {used[name]['mtu']}" for name in sorted(data) if used[name].get("mtu", 9000) < 9000]:
-            text = (
-                f"{node.address}: an MTU below 9000 makes small packets (3 GB/s instead of 20 were reported): "
-                f"{', '.join(small)}. On every node: sudo ip link set NAME mtu 9000; and in netplan: mtu: 9000"
-            )
-            yield Finding("mtu", text, refuses=False)
+            text = f"{node.address}: an MTU below 9000 costs much of the rate: {', '.join(small)}. On every node: "
+            yield Finding("mtu", f"{text}sudo ip link set NAME mtu 9000; and in netplan: mtu: 9000", refuses=False)
     for address, mtu, count in sides[1:]:
         head, its_mtu, its_count = sides[0]
         if mtu != its_mtu:
@@ -291,16 +280,14 @@ def _subnets(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             if here and there and here["network"] != there["network"]:
                 text = (
                     f"NCCL connects {ours} ({here['netdev']}, {here['network']}) of {nodes[0].address} with {theirs} "
-                    f"({there['netdev']}, {there['network']}) of {node.address}, and would stop with ibv_modify_qp, "
-                    "error 110. Put the cable into the same port of both nodes, and give both interfaces an address in "
-                    "one network, or none. Type on both: ip -4 address"
+                    f"({there['netdev']}, {there['network']}) of {node.address}, and would fail (ibv_modify_qp, error "
+                    "110). Put the cable into the same port of both nodes, and give both interfaces an address in one "
+                    "network, or none. Type on both: ip -4 address"
                 )
                 yield Finding("subnets", text)
         if unseen := [name for name, device in used.items() if device is None]:
-            text = (
-                f"{node.address}: /sys in the container does not show {', '.join(unseen)}, so their networks and GIDs "
-            )
-            yield Finding("subnets", f"{text}were not judged. On the node: ls /sys/class/infiniband", refuses=False)
+            text = f"{node.address}: /sys in the container does not show {', '.join(unseen)}, so no rule judged their "
+            yield Finding("subnets", f"{text}networks and GIDs. On the node: ls /sys/class/infiniband", refuses=False)
 
 
 def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -314,8 +301,5 @@ def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     }
     if "none" in types.values() or len({*types.values()}) > 1:
         told = ", ".join(place.format(kind) for place, kind in types.items())
-        text = (
-            f"NCCL_IB_GID_INDEX names no GID, or GIDs of two types: {told}. Take it out of .env, so that NCCL chooses; "
-            f"then Ctrl-C, and {_bring_up(settings)}"
-        )
-        yield Finding("gid", text)
+        text = f"NCCL_IB_GID_INDEX names no GID, or GIDs of two types: {told}. Take it out of .env, so that NCCL "
+        yield Finding("gid", f"{text}chooses; then Ctrl-C, and {settings.line('head or inv worker')}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.agreement import Node, used_devices
+from cluster.agreement import NO_RDMA, Node, used_devices
 from cluster.finding import Finding
 from cluster.links import Link
 from cluster.node import CONTAINER, INSIDE
@@ -36,11 +36,9 @@ COMBINED = re.compile(r"NET/\S+ : Made virtual device \[(\d+)\] name=(\S+)")
 class Rank:
     """One node's part in the all-reduce, which takes `seconds` and moves `size` bytes. `error`: why it did not end.
 
-    `latency` is the time of an all-reduce of 16 KiB in seconds. The GPU `copied` so many bytes and `computed` so many
-    operations a second, or was not measured (0).
-
-    `transports` has NCCL's names for the channels between the nodes (`Socket` is TCP). `devices` are the devices that
-    these channels use.
+    `transports` has NCCL's names for the channels between the nodes (`Socket` is TCP), which use `devices`. `latency`
+    is the time of an all-reduce of 16 KiB in seconds. `copied` and `computed` are the bytes and the operations of the
+    GPU in a second; 0 if they were not measured.
     """
 
     address: str
@@ -68,15 +66,14 @@ class Rank:
     @property
     def hcas(self) -> str:
         """The value of NCCL_IB_HCA: the RoCE devices that NCCL must use. Empty if NCCL must use TCP."""
-        return "" if self.environment.get("NCCL_IB_DISABLE") == "1" else self.environment.get("NCCL_IB_HCA", "")
+        return self.environment.get("NCCL_IB_HCA", "")
 
     @property
     def unused(self) -> list[str]:
-        """The devices of NCCL_IB_HCA that no channel used. A name there is a prefix; `^` lists devices to avoid."""
-        unknown = self.hcas.startswith("^") or any(device.startswith("device ") for device in self.devices)
-        listed = [] if unknown else self.hcas.removeprefix("=").split(",")
-        names = [name.partition(":")[0] for name in listed if name]
-        return [name for name in names if not any(used.startswith(name) for used in self.devices)]
+        """The devices of NCCL_IB_HCA that no channel used. NCCL takes a name there for a prefix."""
+        if any(device.startswith("device ") for device in self.devices):
+            return []
+        return [name for name in self.hcas.split(",") if not any(used.startswith(name) for used in self.devices)]
 
 
 def ask_fabric(head: Container) -> list[Rank]:
@@ -165,8 +162,8 @@ def fabric_findings(ranks: Sequence[Rank], links: float = 0) -> list[Finding]:
         on_rdma, refuses = rank.backend == "nccl" and rank.hcas, True
         if rank.error:
             text = (
-                f"the all-reduce did not finish: {rank.error}. On that node: ip -brief link; then, with the other's "
-                f"data-plane address: ping -c 3 ADDRESS; and: docker exec {CONTAINER} ls /dev/infiniband"
+                f"the all-reduce did not finish: {rank.error}. On that node: ip -brief link; docker exec {CONTAINER} "
+                "ls /dev/infiniband; and with an address of the other node's data plane: ping -c 3 ADDRESS"
             )
         elif not rank.cuda and any(other.cuda for other in ranks):
             text = f"torch finds no GPU in the container. On that node: docker exec {CONTAINER} nvidia-smi"
@@ -174,8 +171,7 @@ def fabric_findings(ranks: Sequence[Rank], links: float = 0) -> list[Finding]:
             went = "fell back to TCP" if rank.transports else "opened no channel, by its log"
             text = (
                 f"RDMA was asked for (NCCL_IB_HCA={rank.hcas}), but NCCL {went}: {rank.route}. On that node: docker "
-                f"exec {CONTAINER} ls /dev/infiniband; if it is gone, a cold boot; then bring the node up again. TCP "
-                "on purpose: RDMA_HCAS= on every node."
+                f"exec {CONTAINER} ls /dev/infiniband; {NO_RDMA}"
             )
         elif on_rdma and rank.unused:
             refuses = False

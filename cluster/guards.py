@@ -5,6 +5,7 @@ A guard raises Exit with the cause and with what to type. A guard that cannot fi
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from cluster.node import CONTAINER, RAY_PORT, Network
 from cluster.notes import gpu_notes
 from cluster.ports import is_own_address, port_answers, port_obstacle
 from cluster.settings import DEFAULT_IMAGE, ModelSettings, Settings
-from cluster.token import knows_no_tokens, token_file
+from cluster.token import token_file
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -74,7 +75,7 @@ def _check_docker(settings: Settings) -> None:
     token = token_file(settings)
     if token is None:
         say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")
-    elif knows_no_tokens(ray_version):
+    elif [int(number) for number in re.findall(r"\d+", ray_version)[:2]] < [2, 52]:  # by Ray's documentation
         raise Exit(
             f"There is a token ({token}), but the Ray of {name} is {ray_version}, and tokens came with 2.52. "
             f"Go on without the token: RAY_AUTH_TOKEN_PATH=/none; or use {DEFAULT_IMAGE}, which inv build-image makes."
@@ -147,12 +148,11 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
         if env.get(name) != settings[name]
     ]
     if wrong:
-        again = {settings.line("worker"): "on every other node", settings.line("head"): "here"}
+        listed = "\n".join(wrong)
         raise Exit(
-            f"The head's container did not start with what {settings.model.name} needs:\n"
-            + "\n".join(wrong)
-            + "\nA running container cannot get them, so every node needs a new one. Type: inv down; then:\n"
-            + "\n".join(f"  {line}     # {where}" for line, where in reversed(again.items()))
+            f"The head's container did not start with what {settings.model.name} needs:\n{listed}\nEvery node needs a "
+            f"new container. Type: inv down; then here: {settings.line('head')}; then on every other node: "
+            f"{settings.line('worker')}"
         )
 
 

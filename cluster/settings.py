@@ -311,11 +311,10 @@ def is_operators(origin: str) -> bool:
 
 def site_files(model: Model | None, named: str | None) -> dict[str, Path]:
     """Return the operator's files by origin: the one in ENV_FILE if it is set, or the model's `.env` and the root's."""
-    files = {".env": Path(named)} if named else {}
-    if named is None:
-        places = [f"{model.folder}/.env"] if model else []
-        files = {place: ROOT / place for place in (*places, ".env") if os.path.lexists(ROOT / place)}
-    return files
+    if named is not None:
+        return {".env": Path(named)} if named else {}
+    places = [f"{model.folder}/.env", ".env"] if model else [".env"]
+    return {place: ROOT / place for place in places if os.path.lexists(ROOT / place)}
 
 
 def _profiles(model: Model) -> Sources:
@@ -351,10 +350,10 @@ def _check_limits(found: Mapping[str, Setting]) -> None:
             f"GPU_MEM_UTIL ({asked.origin}) is {asked.value}; it takes a plain decimal above 0 and at most "
             f"GPU_MEM_UTIL_MAX, which is {most.value} ({most.origin}): the host lives in the same memory."
         )
-    limits = [(name, found[name]) for name in ("MEM_ABORT_GIB", "MEM_FLOOR_GIB", "MEM_WARN_GIB")]
-    abort, floor, warn = (Decimal(limit.value) for _, limit in limits)
+    limits = {name: found[name] for name in ("MEM_ABORT_GIB", "MEM_FLOOR_GIB", "MEM_WARN_GIB")}
+    abort, floor, warn = (Decimal(limit.value) for limit in limits.values())
     if floor > warn or (abort and abort >= floor):
-        told = ", ".join(f"{name} is {limit.value} ({limit.origin})" for name, limit in limits)
+        told = ", ".join(f"{name} is {limit.value} ({limit.origin})" for name, limit in limits.items())
         raise Exit(f"{told}. The first must be below the second or 0, and the second must not be above the third.")
 
 

@@ -1,7 +1,6 @@
 """Ray's token. Without a token Ray runs code for anyone who reaches its port."""
 
 import os
-import re
 import secrets
 import shlex
 from pathlib import Path
@@ -12,8 +11,6 @@ from cluster.command import say
 from cluster.settings import Settings
 
 INSIDE_TOKEN = "/run/ray_auth_token"
-# The first Ray with tokens, by its documentation. They were tried with 2.60.
-FIRST_RAY = (2, 52)
 
 
 def token_file(settings: Settings) -> Path | None:
@@ -42,9 +39,3 @@ def make_token(settings: Settings) -> None:
         path.unlink()
         raise Exit(f"{path} cannot be written: {error.strerror}. Type: df -h {folder}") from None
     say(f"The token is in {path}. Copy it to every other node, then bring all nodes up again:", *copies)
-
-
-def knows_no_tokens(ray_version: str) -> bool:
-    """Whether a Ray of this version ignores tokens. An unknown version is taken for one that does."""
-    numbers = re.match(r"(\d+)\.(\d+)", ray_version)
-    return numbers is None or tuple(map(int, numbers.groups())) < FIRST_RAY

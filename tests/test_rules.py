@@ -102,7 +102,7 @@ def test_nodes_that_agree_have_no_finding(found):
     ("rule", "words", "changed"),
     [
         ("nodes", "needs 2 nodes with a GPU", {"ray_gpus": 0}),
-        ("hosts", "on the head's own machine (spark-1)", {"host": "boot/1"}),
+        ("hosts", "10.0.0.2 was started on the machine of 10.0.0.1 (spark-1)", {"host": "boot/1"}),
         ("gpus", "10.0.0.2 has 0 GPUs", {"gpus": []}),
         ("wrapper", "10.0.0.2 alone has --privileged", {"wrapper": {"sha256": "b", "words": "docker --privileged"}}),
         ("variables", "10.0.0.1 has marlin, 10.0.0.2 has cutlass", {
@@ -285,7 +285,7 @@ def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operato
     """The containers keep what they were started with, so every node is named."""
     operator.setattr(agreement, "repository_digest", lambda: "fedcba9876543210")
     (said,) = found()
-    assert "This checkout (sha256 fedcba987654)" in said.text
+    assert "Another version than this checkout (sha256 fedcba987654) started" in said.text
     assert "10.0.0.1 (0123456789ab), 10.0.0.2 (0123456789ab)" in said.text
 
 

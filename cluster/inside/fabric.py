@@ -111,22 +111,19 @@ def be_rank(rank, ranks, address, port):
 
 def gpu_rates(torch, tensor):
     """Return how many bytes a second this GPU reads and writes, and how many operations it does, once it is warm."""
-    other, matrix = torch.empty_like(tensor), torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda")
-    product = torch.empty_like(matrix)
-    work = {
-        "copied": (lambda: other.copy_(tensor), 2 * tensor.nbytes),
-        "computed": (lambda: torch.mm(matrix, matrix, out=product), 2 * MATRIX**3),
-    }
-    told = {}
-    for name, (once, amount) in work.items():
+
+    def rate(amount, work, *operands, **out):
         for _ in ("warm-up", "measurement"):
             begun, count = time.perf_counter(), 0
             while time.perf_counter() - begun < GPU_S:
-                once()
+                work(*operands, **out)
                 torch.cuda.synchronize()
                 count += 1
-            told[name] = amount * count / (time.perf_counter() - begun)
-    return told
+        return amount * count / (time.perf_counter() - begun)
+
+    matrix = torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda")
+    copied = rate(2 * tensor.nbytes, torch.empty_like(tensor).copy_, tensor)
+    return {"copied": copied, "computed": rate(2 * MATRIX**3, torch.mm, matrix, matrix, out=torch.empty_like(matrix))}
 
 
 if __name__ == "__main__":

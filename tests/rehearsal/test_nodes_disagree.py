@@ -115,7 +115,7 @@ def test_two_rays_on_one_spark(head):
     """
     head.run("docker", "exec", "node-ray", "ray", "start", "--address=10.0.0.1:6379", "--node-ip-address=10.0.1.1")
     assert joined(head)
-    assert "10.0.1.1 was started on the head's own machine" in findings(head)["hosts"]
+    assert "10.0.1.1 was started on the machine of 10.0.0.1" in findings(head)["hosts"]
 
 
 def test_a_rule_that_nobody_has_cannot_be_allowed(rig):
