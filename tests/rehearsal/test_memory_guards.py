@@ -90,7 +90,7 @@ def serve(sparks, terminal) -> Callable[..., list[Node]]:
 
 @pytest.fixture
 def take() -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Takes memory of the machine until something is true, and gives it back after the test."""
+    """Takes memory of the machine until something is true, and gives it back after the test, or when told to."""
     held: list[mmap.mmap] = []
 
     def press(enough: Callable[[], object]) -> None:
@@ -100,6 +100,7 @@ def take() -> Iterator[Callable[[Callable[[], object]], None]]:
             for page in range(0, 2**27, mmap.PAGESIZE):
                 held[-1][page] = 1
 
+    press.give_back = held.clear
     yield press
     held.clear()
 
