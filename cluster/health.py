@@ -118,6 +118,8 @@ class Seen:
 def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
     """Name the first trouble of a cluster. hang and stall are seconds (HANG_S, STALL_S)."""
     server, answer, recorded = seen.server, seen.answer, seen.recorded
+    if seen.unasked:
+        return seen.unasked
     if server is None:
         return Verdict(State.NOT_RUNNING, "No server was launched.", "inv launch --model NAME")
     node_gone = seen.nodes is not None and len(seen.nodes) < server.world_size
@@ -127,6 +129,9 @@ def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
         return Verdict(State.RANK_LOST, f"The server has ended: {have}{how}", BRING_UP_AGAIN)
     if seen.ended:  # its last processes may take some seconds to end
         return Verdict(State.NOT_RUNNING, *seen.ended)
+    if not server.alive and recorded and (recorded.alive or not recorded.whole):
+        why = "The server has just ended. The recorder asks every node whether its memory guard has ended the server."
+        return Verdict(State.NOT_RUNNING, why, LATER)
     if not server.alive:
         return Verdict(State.NOT_RUNNING, "The server has ended by itself.", "inv logs; then: inv up --model NAME")
     assert answer, "a server that lives has been asked"
@@ -140,15 +145,16 @@ def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
         return _serving(seen, answer)
     if answer.silent:
         return _silent(seen, answer, hang)
-    if answer.refused and recorded and recorded.answered:
-        why = "The server has answered requests and does not listen any more: it is ending."
-        return Verdict(State.NOT_RUNNING, why, LAUNCH_AGAIN)
     if answer.refused:
-        quiet = recorded.quiet(*LOAD) if recorded else 0
-        if quiet < stall:
-            return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
-        why = f"The server does not listen yet. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
-        return Verdict(State.HUNG, why, "inv logs; then: inv stop")
+        if recorded and recorded.answered:
+            why = "The server has answered requests and does not listen any more: it is ending."
+            return Verdict(State.NOT_RUNNING, why, LAUNCH_AGAIN)
+        if recorded and (quiet := recorded.quiet(*LOAD)) >= stall:
+            why = (
+                f"The server does not listen yet. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
+            )
+            return Verdict(State.HUNG, why, "inv logs; then: inv stop")
+        return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
     said = f"The API answers {answer.status or 'nothing'}: {answer.text[:200]}"
     if answer.status is None or answer.status < 500:
         return Verdict(State.UNKNOWN, said, "inv logs")
@@ -243,10 +249,7 @@ def look(settings: Settings, nodes: Sequence[str] | None = None) -> tuple[Verdic
             gpus["GPU in the container"] = pool.submit(_ask_gpu, CONTAINER)
             seen = _ask_head(settings, head, nodes, until)
         seen = replace(seen, gpus={place: answer.result() for place, answer in gpus.items()})
-    if seen.unasked:
-        return seen.unasked, seen
-    hang, stall = (float(settings[name]) for name in ("HANG_S", "STALL_S"))
-    return judge(seen, hang=hang, stall=stall), seen
+    return judge(seen, hang=float(settings["HANG_S"]), stall=float(settings["STALL_S"])), seen
 
 
 def gpu_command(container: str | None = None) -> Command:
@@ -283,20 +286,19 @@ def _ask_head(settings: Settings, head: Container, nodes: Sequence[str] | None, 
     recorded = read_recorded(settings)
     with ThreadPoolExecutor() as pool:
         # Ray takes seconds to answer, so Ray is asked only if the recorder or the server leaves a doubt.
-        doubtful = nodes is None and not (recorded and all(recorded.nodes.values()))
-        ray = pool.submit(ask_ray) if doubtful else None
+        ray = pool.submit(ask_ray) if nodes is None and not (recorded and recorded.whole) else None
         try:
             server = ask_server(head, ASK_S)
         except Exit as error:
             return Seen(unasked=_no_answer(error))
-        seen = _ask_for_token(settings, server, until) if server and server.alive else Seen(server)
+        seen = Seen(server, recorded=recorded)
+        if server and server.alive:
+            seen = _ask_for_token(settings, server, until)
     engine_lives = seen.answer is not None and (seen.answer.status or 0) < 500
     if ray:
         nodes = ray.result()
-    elif nodes is None and engine_lives and seen.recorded and len(seen.facts) == len(seen.recorded.nodes):
-        nodes = list(seen.facts)
     elif nodes is None:
-        nodes = ask_ray()
+        nodes = list(seen.facts) if engine_lives and seen.recorded and seen.recorded.whole else ask_ray()
     return replace(seen, nodes=nodes, ended=read_ended(settings))
 
 

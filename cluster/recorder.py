@@ -31,13 +31,11 @@ GIB = 2**30
 class Recorded:
     """The recorder's last look at all nodes.
 
-    nodes: by address the facts of each node, or None if it did not answer. The facts are those of the
-    node's memory guard (inside/memory_guard.py), such as `available` in bytes, and `ranks` (how many), `cpu` (seconds
-    of the ranks), `compilers` (seconds of those that the ranks started), `gpu` (percent, or None) and `down` (the links
-    that are not up).
+    nodes: by address the facts of each node, or None if it did not answer. The facts are the line of its memory guard
+    and what `Gauge.look` in inside/recorder.py adds.
     still: for how many seconds each thing has not moved. silent: for how many seconds a node has not answered.
     floor: the MEM_FLOOR_GIB that the server was launched with. running: how many requests run. answered: whether the
-    server has answered a request.
+    server has answered a request. alive: whether the server lived at the look.
     """
 
     nodes: Mapping[str, Mapping | None]
@@ -46,6 +44,12 @@ class Recorded:
     floor: float = 0
     running: float = 0
     answered: bool = False
+    alive: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every node has answered."""
+        return all(self.nodes.values())
 
     @property
     def ranks(self) -> int:
@@ -74,14 +78,14 @@ def read_recorded(settings: Settings) -> Recorded | None:
     # A clock that was set back makes the age negative.
     if told and -1 <= time.time() - told["at"] <= FRESH_S:
         floor = told["floor"] if "floor" in told else float(settings["MEM_FLOOR_GIB"])  # a recorder of before an update
-        api = told.get("running", 0), told.get("answered", False)
-        return Recorded(told["nodes"], told["quiet"], told["silent"], floor, *api)
+        server = {name: told[name] for name in ("running", "answered", "alive") if name in told}
+        return Recorded(told["nodes"], told["quiet"], told["silent"], floor, **server)
     return None
 
 
 def read_lows(settings: Settings) -> dict[str, int]:
     """Return each node's lowest available memory while the last server ran, in bytes by address."""
-    return kept_json(log_folder(settings) / "memory-low.json") or {}
+    return (kept_json(log_folder(settings) / "vitals.json", "lowest") or {"lowest": {}})["lowest"]
 
 
 def read_ended(settings: Settings) -> tuple[str, str] | None:

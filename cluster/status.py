@@ -18,8 +18,9 @@ from cluster.recorder import read_lows
 from cluster.server import Served, is_earlier
 from cluster.settings import Settings
 
-# The fields of NodeMemory that a row has.
+# The fields of NodeMemory that a row has, and what a row tells of a GPU, with the units.
 MEMORY = ("available", "free", "cached", "swap")
+UNITS = {"clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}
 
 
 def report_status(settings: Settings, as_json: bool) -> None:
@@ -45,8 +46,7 @@ def report_status(settings: Settings, as_json: bool) -> None:
         say(*sorted({f"vLLM {row['vllm'] or 'unknown'}, Ray {row['ray'] or 'unknown'}" for row in rows}))
         say(f"{verdict.state}: {verdict.why}" + (f" Next: {verdict.next}" if verdict.next else ""))
         if rows:
-            _print_table(rows)
-            say(*_gpu_lines(rows))
+            _print_nodes(rows)
     if as_json:
         tell(json.dumps(told, indent=1))
 
@@ -68,41 +68,35 @@ def _rows(nodes: Sequence[Node], lows: Mapping[str, int], launched: bool) -> lis
         used = [name for name in (node.variable("NCCL_SOCKET_IFNAME") or "").split(",") if name]
         row: dict[str, Any] = {"address": node.address, "alive": True, "hostname": node.hostname, **known}
         row["image"] = known["image"] and known["image"].split()[0]
-        row |= {name: getattr(node_memory(node), name) for name in MEMORY}
-        row["lowest"] = lows.get(node.address)
+        row |= {name: getattr(node_memory(node), name) for name in MEMORY} | {"lowest": lows.get(node.address)}
         row["links"] = known["links"] and {name: known["links"].get(name, {}).get("state", "missing") for name in used}
         rows.append(row)
     lost = sorted(lows.keys() - {node.address for node in nodes}) if launched else []
     return rows + [dict.fromkeys(rows[0]) | {"address": at, "alive": False, "lowest": lows[at]} for at in lost]
 
 
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_nodes(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
-    for heading in ("node", "host", "up", "image", "GiB available", "lowest", "free/cached/swap", "links"):
+    table = Table(box=box.SIMPLE)  # more columns would not fit into 80 letters
+    for heading in ("node", "host", "up", "image", "links"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         down = [f"{name} {state}" for name, state in (row["links"] or {}).items() if state != "up"]
         links = "unknown" if row["links"] is None else ", ".join(down) or f"{len(row['links'])} up"
         up = _ago(row["since"]) if row["alive"] else "lost"
         image = (row["image"] or "unknown").removeprefix("sha256:")[:12]
-        available, lowest, *others = (in_gib(row[name]) for name in ("available", "lowest", *MEMORY[1:]))
-        memory = (available, lowest, "/".join(others))
-        table.add_row(row["address"], row["hostname"] or "unknown", up, image, *memory, links)
+        table.add_row(row["address"], row["hostname"] or "unknown", up, image, links)
     Console(stderr=True, highlight=False).print(table)
-
-
-def _gpu_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line about each node's GPUs. A GPU that is busy and draws little power may be in a low-power state."""
-    units = {"clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}
-    gpus = [(row["address"], gpu) for row in rows for gpu in row["gpus"] or ()]
-    told = [
-        (at, [f"{gpu[name]:.0f} {unit}" for name, unit in units.items() if gpu[name] is not None]) for at, gpu in gpus
-    ]
-    return [f"GPU of {at}: {', '.join(numbers) or 'unknown'}" for at, numbers in told]
+    for row in rows:
+        told = ", ".join(f"{in_gib(row[name])} {name}" for name in (*MEMORY, "lowest"))
+        say(f"GiB on {row['address']}: {told}")
+        # A GPU that is busy and draws little power may be in a low-power state.
+        for gpu in row["gpus"] or ():
+            numbers = [f"{gpu[name]:.0f} {unit}" for name, unit in UNITS.items() if gpu[name] is not None]
+            say(f"GPU of {row['address']}: {', '.join(numbers) or 'unknown'}")
 
 
 def _ago(since: float | None) -> str:

@@ -170,7 +170,7 @@ def test_a_file_of_ours_with_another_json_counts_as_missing(text, operator, tmp_
     """Another version may have written the file, or a disk may have lost a part of it."""
     for module in (recorder, options):
         operator.setattr(module, "log_folder", lambda _: tmp_path)
-    for name in ("vitals", "memory-low", "ended", "options-0123456789ab", "asked"):
+    for name in ("vitals", "ended", "options-0123456789ab", "asked"):
         (tmp_path / f"{name}.json").write_text(text)
     assert (recorder.read_recorded({}), recorder.read_ended({}), type(recorder.read_lows({}))) == (None, None, dict)
     assert health.waited_in_vain(tmp_path / "asked.json", silent=True, hang=10) == 0

@@ -29,6 +29,7 @@ from cluster.server import Served
 
 NOW = 1_700_000_000.0
 HANG, STALL, FLOOR = 300, 600, 6
+LIMITS = {"HANG_S": str(HANG), "STALL_S": str(STALL)}
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
 WORDS = ("vllm", "serve", "tiny", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2")
 WELL = Answer(200, "{}", 0.21)
@@ -74,6 +75,17 @@ TABLE = {
     "ended, every node there": (seen(None, alive=False), State.NOT_RUNNING, "ended by itself"),
     "ended, a node gone": (seen(None, alive=False, nodes=[HEAD]), State.RANK_LOST, "Ray has 1 of 2 nodes (10.0.0.1)"),
     "ended, Ray not asked": (seen(None, alive=False, nodes=None), State.NOT_RUNNING, "ended by itself"),
+    "ended since the last look": (
+        seen(None, replace(saw(), alive=True), alive=False),
+        State.NOT_RUNNING,
+        "has just ended. The recorder asks every node whether its memory guard",
+    ),
+    "ended, a node did not answer": (seen(None, saw(unseen=True), alive=False), State.NOT_RUNNING, "has just ended"),
+    "ended by the guard since": (
+        seen(None, replace(saw(), alive=True), alive=False, ended=GUARDED),
+        State.NOT_RUNNING,
+        GUARDED[0],
+    ),
     "ended by the guard": (seen(None, alive=False, ended=GUARDED), State.NOT_RUNNING, GUARDED[0]),
     "ended by the guard, a node gone": (
         seen(None, alive=False, nodes=[HEAD], ended=GUARDED),
@@ -430,7 +442,7 @@ EARLIER = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
 def test_a_container_that_cannot_be_asked_has_a_state(status, state, next_command, on, capsys):
     """Without a container the state is `not running`. A container of an earlier version is named, and not asked."""
     on(status, **EARLIER)
-    assert health.report_health({}, as_json=True) is state
+    assert health.report_health(LIMITS, as_json=True) is state
     out, err = capsys.readouterr()
     told = json.loads(out)
     assert (told["state"], told["code"], told["next"]) == (str(state), state.code, next_command)
@@ -456,7 +468,7 @@ def test_a_docker_engine_that_does_not_answer_is_unknown(on, monkeypatch, capsys
     monkeypatch.setattr(health, "read_recorded", lambda _: saw())
     for question in ("ask_server", "node_container"):
         monkeypatch.setattr(health, question, no_docker)
-        assert health.report_health({}, as_json=True) is State.UNKNOWN
+        assert health.report_health(LIMITS, as_json=True) is State.UNKNOWN
         told = json.loads(capsys.readouterr().out)
         assert (told["why"], told["next"]) == ("Docker cannot be reached: timed out.", "systemctl status docker")
 

@@ -726,11 +726,11 @@ def test_a_node_that_answers_again_ends_nothing(recorded):
 def test_every_look_is_kept(recorded, clock, tmp_path):
     """The host can read the last look and the lowest memory. Each file is written whole."""
     found = recorded(two(available=9 * GIB), two(lowest=7 * GIB), two(available=8 * GIB, gpu=None))
-    assert vars(found)["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 7 * GIB}
+    assert found.vitals["lowest"] == {BOTH[0]: 20 * GIB, BOTH[1]: 7 * GIB}
     assert found.vitals["at"] == clock.time() - 1 and found.vitals["nodes"] == two(available=8 * GIB, gpu=None)
     assert found.vitals["quiet"].items() >= {"log": 2, "counters": 45, "waiting": 30}.items()
     assert {name.partition(" ")[0] for name in found.vitals["quiet"]} == {*work(), *LOAD, "waiting"}
-    told = {"at", "nodes", "quiet", "silent", "before", "floor", "running", "answered"}
+    told = {"at", "nodes", "quiet", "silent", "before", "floor", "lowest", "alive", "running", "answered"}
     assert set(found.vitals) == told and found.vitals["floor"] == 5
     assert (found.vitals["running"], found.vitals["answered"]) == (3, True)
     assert not list(tmp_path.glob("*.new"))
@@ -746,16 +746,16 @@ def test_a_node_that_does_not_answer_is_said_once(recorded):
 
 def test_the_lowest_memory_outlives_a_recorder(recorded, tmp_path):
     """A restarted recorder continues the file. If the file is no JSON, the recorder begins it anew."""
-    (tmp_path / "memory-low.json").write_text(json.dumps({BOTH[1]: 3 * GIB}))
-    assert vars(recorded(two(available=9 * GIB)))["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 3 * GIB}
-    (tmp_path / "memory-low.json").write_text("{")
-    assert vars(recorded(two(available=9 * GIB)))["memory-low"] == {BOTH[0]: 20 * GIB, BOTH[1]: 9 * GIB}
+    (tmp_path / "vitals.json").write_text(json.dumps({"before": {}, "lowest": {BOTH[1]: 3 * GIB}}))
+    assert recorded(two(available=9 * GIB)).vitals["lowest"] == {BOTH[0]: 20 * GIB, BOTH[1]: 3 * GIB}
+    (tmp_path / "vitals.json").write_text("{")
+    assert recorded(two(available=9 * GIB)).vitals["lowest"] == {BOTH[0]: 20 * GIB, BOTH[1]: 9 * GIB}
 
 
 def test_nodes_that_do_not_answer_end_nothing(recorded):
     """Unknown memory does not end the server, and the lowest memory stays as it was."""
     found = recorded(two(available=5 * GIB), *[dict.fromkeys(BOTH)] * 9, seconds=3)
-    assert (found.ended, found.looks) == ([], 10) and vars(found)["memory-low"][BOTH[1]] == 5 * GIB
+    assert (found.ended, found.looks) == ([], 10) and found.vitals["lowest"][BOTH[1]] == 5 * GIB
 
 
 @pytest.mark.parametrize(("loads", "times"), [({}, 2), ({"api": []}, 0), ({"drop": False}, 0)])
@@ -794,7 +794,17 @@ def test_memory_is_judged_before_anything_is_written(recorded, recorder, monkeyp
     monkeypatch.setattr(recorder, "keep", lambda file, _: order.append(Path(file).stem))
     monkeypatch.setattr(recorder, "shortage", lambda *_: order.append("memory"))
     recorded(two(), two())
-    assert order == ["memory", "memory-low", "vitals"] * 2
+    assert order == ["memory", "vitals", "memory", "vitals", "vitals"]
+
+
+def test_a_look_after_the_end_is_told_from_one_before(recorded, recorder, monkeypatch):
+    """`health` calls no server ended by itself before a look has shown that no guard has killed a rank."""
+    told, keep = [], recorder.keep
+    monkeypatch.setattr(
+        recorder, "keep", lambda file, value: (keep(file, value), "alive" in value and told.append(value["alive"]))
+    )
+    recorded(two(), after=[two(), two(**FREE) | {BOTH[0]: node(ranks=0)}], before=BEFORE)
+    assert told == [True, False, False, False]
 
 
 def test_a_server_without_its_api_server_is_ended(recorded, recorder):
@@ -845,7 +855,7 @@ def test_the_memory_before_the_launch_outlives_a_recorder(recorded, tmp_path):
     assert recorded(
         two(), after=[two(ranks=0) | {BOTH[0]: node(ranks=0)}], before={BOTH[0]: 19 * GIB, BOTH[1]: None}
     ).vitals["before"] == {BOTH[0]: 19 * GIB}
-    (tmp_path / "vitals.json").write_text(json.dumps({"before": BEFORE}))
+    (tmp_path / "vitals.json").write_text(json.dumps({"before": BEFORE, "lowest": {}}))
     assert recorded(two(), before=dict.fromkeys(BOTH, 3 * GIB), after=[two(ranks=0)] * 70).vitals["before"] == BEFORE
 
 

@@ -115,7 +115,7 @@ def test_every_ranks_lines_are_in_the_log(serve, tmp_path):
 
 def test_a_new_server_begins_anew(serve, tmp_path):
     """The recorder's files of the last server are removed, and its log is kept as serve.log.1."""
-    for name in ("vitals.json", "memory-low.json", "ended.json", "loading.json", "left.txt", "serve.log"):
+    for name in ("vitals.json", "ended.json", "loading.json", "left.txt", "serve.log"):
         (tmp_path / name).write_text("of the server before")
     serve("start", "sleep", "60")
     assert (tmp_path / "serve.log.1").read_text() == "of the server before"

@@ -36,7 +36,7 @@ def asked(monkeypatch):
     """A head that Ray's nodes are asked of; the list has each question, and the addresses that health was given."""
     asked = Asked()
     env = {"VLLM_HOST_IP": HEAD, "MASTER_ADDR": HEAD}
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(time, "time", lambda: NOW)  # the tests before this one may have taken long
     monkeypatch.setattr(status, "node_container", lambda: SimpleNamespace(status="running"))
     monkeypatch.setattr(status, "is_earlier", lambda _: False)
@@ -62,12 +62,14 @@ def test_the_screen_has_every_node_and_the_server(asked, capsys):
     head, lost = told["nodes"]
     assert head["links"] == {"roce0": "up", "roce1": "down", "roce2": "missing"} and head["lowest"] == 5 * GIB
     assert [head[name] / GIB for name in ("available", "free", "cached", "swap")] == [20, 9, 10, 1]
-    assert "9.0/10.0/1.0" in err
+    assert "GiB on 10.0.0.1: 20.0 available, 9.0 free, 10.0 cached, 1.0 swap, 5.0 lowest\n" in err
+    assert "GiB on 10.0.0.2: unknown available, unknown free, unknown cached, unknown swap, 4.0 lowest" in err
     assert head.keys() == lost.keys() and (head["alive"], lost["alive"], lost["address"]) == (True, False, WORKER)
     assert "some/model (some/model), 131,072 tokens, 1 ranks, launched 10 min ago" in err and "2 h ago" in err
     assert "rank lost: One is gone. Next: inv down" in err and "vLLM 0.21.0, Ray 2.55.0" in err
     assert head["gpus"] == FACTS["gpus"] and "GPU of 10.0.0.1: 2418 MHz, 61 °C\n" in err
-    assert max(len(line) for line in err.splitlines()) <= 120
+    (row,) = (line for line in err.splitlines() if line.startswith("  10.0.0.1"))
+    assert len(row) <= 80 and row.split("   ")[-1].strip() == "roce1 down, roce2 missing", "no cell is folded"
 
 
 def test_a_fact_that_is_unknown_is_not_guessed(asked, capsys, monkeypatch):

@@ -1,13 +1,9 @@
-"""Every node of the cluster, through Ray. A script beside this file uses it so, on the head:
+"""Every node of the cluster, through Ray, for the scripts beside this file; `start_gauges` of recorder.py shows how.
 
-    actor = ray.remote(num_cpus=0)(Asker)
-    askers = {node["NodeID"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
-    answers = every.gather({key: asker.facts.remote() for key, asker in askers.items()}, seconds=15)
+The class of an actor belongs to the script that is run, so Ray copies the class to the nodes. Keep the actors in a
+variable until the answers are there: Ray ends an actor that nothing refers to.
 
 Run as a script, this file prints the addresses of the alive nodes as JSON.
-
-`Asker` belongs to the script that is run, so Ray copies it to the nodes. Keep the actors in a variable until the
-answers are there: Ray ends an actor that nothing refers to.
 """
 
 import json

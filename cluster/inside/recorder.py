@@ -3,9 +3,9 @@
 The recorder looks each second, until the server and its ranks have ended. The memory of a node is what memory_guard.py
 there has written. The recorder ends the server when a guard has killed ranks, and when a node that had less than GIB
 available falls silent, because a node without memory does not answer. FOLDER gets these files: vitals.json has the last
-look, and for how long each thing has not moved; memory-low.json has each node's lowest memory; ended.json has why the
-server was ended; left.txt has what a server has left on the nodes. If DROP is 1, weights that the ranks have read leave
-the page cache while the model loads.
+look, each node's lowest memory, and for how long each thing has not moved; ended.json has why the server was ended;
+left.txt has what a server has left on the nodes. If DROP is 1, weights that the ranks have read leave the page cache
+while the model loads.
 
 `recorder.py --print SECONDS` only prints what each node's guard has written, a line of JSON every so many seconds.
 """
@@ -122,7 +122,9 @@ class Gauge:
         shards, used = [os.path.realpath(name) for name in sorted(names)], set()
         for one in psutil.process_iter(["name"]):
             if is_rank(one.pid, one.info["name"]):
-                used |= files_in_use(f"/proc/{one.pid}")
+                with open(f"/proc/{one.pid}/maps") as lines:
+                    used |= {"/" + line.rstrip("\n").partition("/")[2] for line in lines}
+                used |= {os.path.realpath(name) for name in glob.glob(f"/proc/{one.pid}/fd/*")}
         self.last = max([self.last, *(number for number, shard in enumerate(shards) if shard in used)])
         for shard in {*shards[: self.last + 1]} - used:
             with open(shard, "rb") as opened:
@@ -135,13 +137,6 @@ class Gauge:
             with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
                 self.gpu = int(subprocess.run(words, capture_output=True, text=True, timeout=GPU_S).stdout.split()[0])
             time.sleep(GPU_S)
-
-
-def files_in_use(process):
-    """Return the paths of the files that a process has open or mapped."""
-    with open(f"{process}/maps") as lines:
-        mapped = {"/" + line.rstrip("\n").partition("/")[2] for line in lines}
-    return mapped | {os.path.realpath(name) for name in glob.glob(f"{process}/fd/*")}
 
 
 def start_gauges():
@@ -298,33 +293,18 @@ def shortage(nodes, last, floor, age):
             return f"{address} had {available / GIB:.1f} GiB, and then did not answer for {SILENT_S} s"
 
 
-class Ending:
-    """The time after the server's end, until its ranks are gone and the memory is back, or SETTLE_S have passed."""
-
-    def __init__(self, before, folder):
-        self.before, self.file, self.until = before, f"{folder}/left.txt", None
-
-    def lasts(self, nodes):
-        """Return whether to look again. If SETTLE_S have passed, write what is left to left.txt, for `inv stop`."""
-        now = time.monotonic()
-        self.until = self.until or now + SETTLE_S
-        left = [said for address, had in self.before.items() if (said := left_on(nodes.get(address), had, address))]
-        if left and now >= self.until:
-            text = f"{SETTLE_S} s after the server's end {'; '.join(left)}. To free every node: inv down"
-            with contextlib.suppress(OSError), open(self.file, "w") as opened:
-                print(text, file=opened)
-        return bool(left) and now < self.until
-
-
-def left_on(node, had, address):
-    """Return what a server has left on a node that had so many bytes available before the launch; else nothing."""
-    if not node:
-        return f"{address} does not answer"
-    if node["ranks"]:
-        return f"{address} still has ranks: {node['ranks']}"
-    if (lacks := had - node["available"]) > SPARE_BYTES:
-        return f"{address} has {lacks / GIB:.1f} GiB less than before the launch"
-    return None
+def left_on(nodes, before):
+    """Return what a server has left on the nodes, as sentences. before: the bytes that each had before the launch."""
+    left = []
+    for address, had in before.items():
+        node = nodes.get(address)
+        if not node:
+            left.append(f"{address} does not answer")
+        elif node["ranks"]:
+            left.append(f"{address} still has ranks: {node['ranks']}")
+        elif (lacks := had - node["available"]) > SPARE_BYTES:
+            left.append(f"{address} has {lacks / GIB:.1f} GiB less than before the launch")
+    return left
 
 
 def evict(gauges, nodes, model, asked):
@@ -342,21 +322,19 @@ def record(pid_file, folder, url, floor, drop):
     lows, last, silent, evicting, model = {}, {}, {}, {}, None
     with contextlib.suppress(OSError, IndexError), open(f"{pid_file.removesuffix('.pid')}.words") as opened:
         model = opened.read().splitlines()[2]  # vllm serve MODEL; a server that is being stopped has no words
-    with contextlib.suppress(OSError, ValueError), open(f"{folder}/memory-low.json") as opened:
-        lows = json.load(opened)  # by an earlier recorder of the same server
     still, counters, gauges = Stillness(), Counters(url), start_gauges()
     before = {address: told["available"] for address, told in ask(gauges, "memory").items() if told}
     with contextlib.suppress(OSError, ValueError, KeyError), open(f"{folder}/vitals.json") as opened:
-        before |= json.load(opened)["before"]  # by an earlier recorder, when the ranks had no memory yet
-    ending, nodes, whole, short = Ending(before, folder), {}, time.monotonic(), None
+        earlier = json.load(opened)  # by an earlier recorder of the same server, when the ranks had no memory yet
+        before, lows = before | earlier["before"], earlier["lowest"]
+    nodes, told, whole, short, until = {}, {}, time.monotonic(), None, time.monotonic() + SETTLE_S
     say(f"watching {', '.join(sorted(gauges))}")
-    while (alive := runs(server)) or ending.lasts(nodes):
+    while (alive := runs(server)) or ((left := left_on(nodes, before)) and time.monotonic() < until):
         nodes, now = ask(gauges, "look"), time.monotonic()
         # Also after the end, which a guard may have caused; and before anything is written, because a disk may hang.
         if not short and (short := shortage(nodes, last if alive else {}, floor * GIB, time.time() - began)):
             say(f"the server ends, because {short}")
             end(server, folder, "memory guard", f"ended by the memory guard: {short}")
-            alive = False
         if not alive or short or psutil.pid_exists(server):
             whole = now
         elif now - whole >= GONE_S:
@@ -371,14 +349,21 @@ def record(pid_file, folder, url, floor, drop):
                 silent[address] = now
                 say(f"{address} does not answer; its memory is unknown")
         still.note(nodes, server, f"{folder}/serve.log")
-        keep(f"{folder}/memory-low.json", lows)
         quiet = still.seconds() | counters.seconds()
         silence = {address: now - since for address, since in silent.items()}
         told = {"at": time.time(), "nodes": nodes, "quiet": quiet, "silent": silence, "before": before, "floor": floor}
-        keep(f"{folder}/vitals.json", told | {"running": counters.running, "answered": counters.answered})
+        told |= {"lowest": lows, "alive": alive, "running": counters.running, "answered": counters.answered}
+        keep(f"{folder}/vitals.json", told)
         if drop and model and alive and counters.lines is None:  # the API does not answer yet, so the model loads
             evict(gauges, nodes, model, evicting)
         time.sleep(1)
+        if alive:
+            until = time.monotonic() + SETTLE_S
+    keep(f"{folder}/vitals.json", told | {"alive": False})
+    if left:
+        text = f"{SETTLE_S} s after the server's end {'; '.join(left)}. To free every node: inv down"
+        with contextlib.suppress(OSError), open(f"{folder}/left.txt", "w") as opened:
+            print(text, file=opened)
 
 
 def print_memory(pause):

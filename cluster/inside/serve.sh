@@ -17,7 +17,7 @@ log_look_s=${SERVE_LOG_LOOK_S:-60}
 start() { # PROGRAM ARGUMENT...
     exec 9>"$pid.lock" # the server inherits this lock and holds it while it runs, so a second start is refused
     flock -n 9 || { echo "a server runs here already" >&2; exit 1; }
-    rm -f "$logs"/{vitals,memory-low,ended,loading}.json "$logs/left.txt" # they describe the last server
+    rm -f "$logs"/{vitals,ended,loading}.json "$logs/left.txt" # they describe the last server
     [ ! -e "$log" ] || mv "$log" "$log.1"
     # Otherwise Ray shows of lines that differ in numbers alone only the first, so the sizes of one rank are missing.
     RAY_DEDUP_LOGS=0 setsid "$@" </dev/null >>"$log" 2>&1 &
