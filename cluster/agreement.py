@@ -201,10 +201,8 @@ def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     for node in (node for node in nodes if node.variable("NCCL_IB_DISABLE") != "1"):
         if node["infiniband"] == [] or node["ipc_lock"] is False:
             lack = "no device in /dev/infiniband" if node["infiniband"] == [] else "no right to lock memory (IPC_LOCK)"
-            text = (
-                f"{node.address}: the container has {lack}, so NCCL would use TCP. On that node: ls /dev/infiniband; "
-            )
-            yield Finding("rdma", text + NO_RDMA)
+            text = f"{node.address}: the container has {lack}, so NCCL would use TCP. On that node: ls /dev/infiniband"
+            yield Finding("rdma", f"{text}; {NO_RDMA}")
         if isinstance(node["memlock"], int) and node["memlock"] != -1:
             text = (
                 f"{node.address}: the container may lock {node['memlock'] // 1024} KiB of memory, but RDMA locks "
@@ -229,25 +227,19 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every interface in use must be up, with the head's MTU. Another number of RoCE devices is a warning.
-
-    So is an MTU below 9000 on the interfaces of the RoCE devices, or of NCCL's sockets if no device is known.
-    """
+    """Every interface in use must be up, with the head's MTU. Fewer RoCE devices or an MTU below 9000 bring a warning."""
     sides = []
     for node, links, env in _told(nodes, "links", "environment"):
         sockets = {name for name in env.get("NCCL_SOCKET_IFNAME", "").split(",") if name}
         data = {device["netdev"] for device in used_devices(node).values() if device} or sockets
         names = sorted({*data, *sockets, env.get("TP_SOCKET_IFNAME", "")} - {""})
         used = {name: links.get(name, {"state": "missing"}) for name in names}
-        mtus = sorted({link["mtu"] for link in used.values() if "mtu" in link})
-        devices = env.get("NCCL_IB_HCA", "").split(",")
-        sides.append((node.address, " and ".join(map(str, mtus)) or "none", len(devices)))
+        mtus = sorted({str(link["mtu"]) for link in used.values() if "mtu" in link})
+        sides.append((node.address, " and ".join(mtus) or "none", len(used_devices(node))))
         for name, link in used.items():
             if link["state"] != "up":
-                text = (
-                    f"{node.address}: {name} is {link['state']}, and NCCL may hang on it. Check the cable; or Ctrl-C, "
-                )
-                yield Finding("links", f"{text}then without {name}: {settings.line('head or inv worker')}")
+                text = f"{node.address}: {name} is {link['state']}, and NCCL may hang on it. Check the cable; or Ctrl-C"
+                yield Finding("links", f"{text}, then without {name}: {settings.line('head or inv worker')}")
         if small := [f"{name} has {used[name]['mtu']}" for name in sorted(data) if used[name].get("mtu", 9000) < 9000]:
             text = f"{node.address}: an MTU below 9000 costs much of the rate: {', '.join(small)}. On every node: "
             yield Finding("mtu", f"{text}sudo ip link set NAME mtu 9000; and in netplan: mtu: 9000", refuses=False)
@@ -268,10 +260,9 @@ def used_devices(node: Node) -> dict[str, Any]:
 
 
 def _subnets(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """NCCL connects the first devices of two nodes with each other, then the second ones, and so on.
+    """NCCL connects the first devices of two nodes, the second ones, and so on. Each pair needs one network or none.
 
-    It takes the GID of an IPv4 address where there is one (ncclIbGetGidIndex in its net_ib/connect.cc), so both devices
-    must be in one IPv4 network, or both in none.
+    NCCL takes the GID of an IPv4 address if there is one (ncclIbGetGidIndex in net_ib/connect.cc).
     """
     head = used_devices(nodes[0])
     for node in nodes:

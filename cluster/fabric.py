@@ -141,8 +141,8 @@ def fabric_summary(ranks: Sequence[Rank], links: float = 0) -> list[str]:
             f"(nccl-tests' algbw and busbw). One of 16 KiB takes {max(rank.latency for rank in ranks) * 1e6:.0f} µs."
         )
         for rank in filter(lambda rank: rank.copied, ranks):
-            can = f"copies {rank.copied / 1e9:.0f} GB/s and computes {rank.computed / 1e12:.0f} TFLOP/s"
-            said.append(f"{rank.address}: the GPU {can}.")
+            copies, computes = f"{rank.copied / 1e9:.0f} GB/s", f"{rank.computed / 1e12:.0f} TFLOP/s"
+            said.append(f"{rank.address}: the GPU copies {copies} and computes {computes}.")
         if ranks[0].backend != "nccl":
             said.append("Without CUDA the ranks used gloo, which proves the network only, not RDMA and not NCCL.")
         elif not links:
@@ -176,9 +176,9 @@ def fabric_findings(ranks: Sequence[Rank], links: float = 0) -> list[Finding]:
         elif on_rdma and rank.unused:
             refuses = False
             text = (
-                f"NCCL used {', '.join(rank.devices)} and not {', '.join(rank.unused)}, which NCCL_IB_HCA lists, so "
-                "part of the rate is missing. On that node: ip -brief link"
+                f"NCCL used {', '.join(rank.devices)} and not {', '.join(rank.unused)}, though NCCL_IB_HCA lists all. "
             )
+            text += "Part of the rate is missing. On that node: ip -brief link"
         else:
             continue
         found.append(Finding("fabric", f"{rank.address}: {text}", refuses))
@@ -197,6 +197,6 @@ def _slow(ranks: Sequence[Rank], links: float) -> Iterator[str]:
         if getattr(slow, name) < 0.75 * getattr(fast, name):
             yield (
                 f"{slow.address}: the GPU {does} {getattr(slow, name) / size:.0f} {unit}, that of {fast.address} "
-                f"{getattr(fast, name) / size:.0f}. A Spark in a low-power state is like this, though nvidia-smi shows "
-                "it busy: shut it down, and pull its power supply from the wall for a minute."
+                f"{getattr(fast, name) / size:.0f}. This Spark may be in a low-power state, which nvidia-smi does not "
+                "show: shut it down, and pull its power supply from the wall for a minute."
             )

@@ -153,7 +153,7 @@ def _exec(sub_command: str, words: Sequence[str] = (), secrets: Sequence[str] = 
 
 def _with_secrets(settings: Settings, secrets: Sequence[str], sub_command: str, lines: Lines) -> Command:
     """Pass the model's line to serve.sh, and these secrets by name."""
-    given = {name: value for name, value in settings.secrets().items() if name in secrets}
+    given = {name: settings[name] for name in secrets if settings.get(name)}
     needs = [name for name in secrets if name in settings["REQUIRED_SECRETS"].split()]
     return Command(_exec(sub_command, secrets=secrets) + lines, "head", needs=needs, secrets=given)
 

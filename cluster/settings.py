@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
-from typing import NamedTuple, Self, overload
+from typing import NamedTuple, Self
 
 from invoke import Exit
 
@@ -227,10 +227,6 @@ class Settings(Mapping[str, str]):
         """Return all settings but the secrets, for templates."""
         return {name: value for name, value in self.items() if name not in SECRETS}
 
-    def secrets(self) -> dict[str, str]:
-        """Return the secrets that are set and not empty."""
-        return {name: self[name] for name in SECRETS if self.get(name)}
-
     def emptied(self, names: Iterable[str], origin: str) -> Self:
         """Return the same settings, with these names set but empty."""
         return replace(self, found={**self.found, **dict.fromkeys(names, Setting("", "", origin))})
@@ -275,10 +271,6 @@ Flags = Mapping[str, str | None]
 Sources = Mapping[str, Mapping[str, str]]
 
 
-@overload
-def load_settings(model: Model, flags: Flags | None = ..., shell: Mapping[str, str] = ...) -> ModelSettings: ...
-@overload
-def load_settings(model: Model | None = ..., flags: Flags | None = ..., shell: Mapping[str, str] = ...) -> Settings: ...
 def load_settings(
     model: Model | None = None, flags: Flags | None = None, shell: Mapping[str, str] = os.environ
 ) -> Settings:
@@ -347,8 +339,8 @@ def _check_limits(found: Mapping[str, Setting]) -> None:
     asked, most = found.get("GPU_MEM_UTIL"), found["GPU_MEM_UTIL_MAX"]
     if asked and Decimal(asked.value) > Decimal(most.value):
         raise Exit(
-            f"GPU_MEM_UTIL ({asked.origin}) is {asked.value}; it takes a plain decimal above 0 and at most "
-            f"GPU_MEM_UTIL_MAX, which is {most.value} ({most.origin}): the host lives in the same memory."
+            f"GPU_MEM_UTIL ({asked.origin}) is {asked.value}; it takes at most GPU_MEM_UTIL_MAX, which is {most.value} "
+            f"({most.origin}), because the host needs the rest of the memory."
         )
     limits = {name: found[name] for name in ("MEM_ABORT_GIB", "MEM_FLOOR_GIB", "MEM_WARN_GIB")}
     abort, floor, warn = (Decimal(limit.value) for limit in limits.values())
