@@ -22,7 +22,6 @@ from cluster.settings import TOKENS
 MODEL_BYTES = {"bfloat16": 2, "float16": 2, "float32": 2}
 CACHE_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KERNEL_BLOCK = 16
 
 T = TypeVar("T")
 
@@ -34,9 +33,9 @@ T = TypeVar("T")
 class Demand:
     """The options of a line that change how much memory is needed. None leaves the choice to vLLM.
 
-    `length` is the longest sequence in tokens. `drafts` is the number of tokens that MTP drafts. `mode` is the value of
-    --mamba-cache-mode. `cache` is the size of the KV cache in bytes, and `unit` the tokens of the smallest block.
-    `unknown` is the reason why the cache is not computed, if there is one.
+    `length` is the longest sequence in tokens, `drafts` the tokens that MTP drafts, and `mode` --mamba-cache-mode.
+    `cache` is the size of the KV cache in bytes, and `unit` the tokens of the smallest block. `unknown` is the reason
+    why the cache is not computed.
     """
 
     length: int
@@ -52,7 +51,7 @@ class Demand:
     mode: str = "none"
     eager: bool = False
     cache: int | None = None
-    unit: int = KERNEL_BLOCK
+    unit: int = 16
     unknown: str = ""
     vllm: tuple[int, ...] = (0, 21, 0)
 
@@ -67,16 +66,13 @@ NOT_COMPUTED = (
 def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Demand:
     """Read the line and not the settings, because SERVE_EXTRA may repeat an option with another value.
 
-    vllm: the version that will run. For a model with constant states, 0.28.0 is the first that switches prefix caching
-    on by itself (engine/arg_utils.py). An option that is not computed goes into `unknown`. Raises CannotKnow where even
-    the memory that vLLM reserves is not known.
+    vllm: the version that will run. With constant states, 0.28.0 is the first that switches prefix caching on by itself
+    (engine/arg_utils.py). An option that is not computed goes into `unknown`. Raises CannotKnow where even the memory
+    that vLLM reserves is not known.
     """
-    # An option that is not in the line is absent from the result, so that the default of Demand counts.
-    absent = argparse.SUPPRESS
-    reserved, cached = (
-        argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False, argument_default=absent)
-        for _ in range(2)
-    )
+    # SUPPRESS leaves an option that is not in the line to the default of Demand.
+    make = partial(argparse.ArgumentParser, exit_on_error=False, allow_abbrev=False, add_help=False)
+    reserved, cached = make(argument_default=argparse.SUPPRESS), make(argument_default=argparse.SUPPRESS)
     option = reserved.add_argument
     option("--gpu-memory-utilization", dest="utilization", type=float, default=0.0)
     option("--tensor-parallel-size", "-tp", dest="tp", type=whole_number)
@@ -115,7 +111,7 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     return Demand(**given, vllm=vllm, unknown=unknown or ("" if found.length else "The line has no --max-model-len."))
 
 
-# argparse shows the names of these functions to the operator: "invalid whole_number value".
+# argparse shows the names of these functions: "invalid whole_number value".
 def whole_number(found: object) -> int:
     """Read a number from 1 to 10**8. A larger size is a mistake."""
     if not str(found).isdecimal() or not 0 < int(str(found)) <= 10**8:
@@ -154,7 +150,7 @@ DELTA_NET = ("linear_num_value_heads", "linear_value_head_dim", "linear_key_head
 class State:
     """The state of one layer, whose size does not grow with the sequence.
 
-    `chunk` is the number of tokens that are computed at once, `element` the bytes of one element. The convolution has
+    `chunk` is the number of tokens that are computed at once. An element has `element` bytes. The convolution has
     `kernel` steps, over the heads and over `groups` of `columns`.
     """
 
@@ -265,27 +261,25 @@ class Layout:
 
 
 def cache_layout(shape: Shape, demand: Demand) -> Layout:
-    """Return vLLM's blocks. Raises CannotKnow if the ranks cannot share the heads, and for pipeline parallelism.
-
-    With --block-size a block has that many tokens, or with states a multiple of them (platforms/interface.py).
-    """
+    """Return vLLM's blocks. Raises CannotKnow if the ranks cannot share the heads, and for pipeline parallelism."""
+    tp = demand.tp
     if demand.pp > 1:
         raise CannotKnow(f"There is no formula for PP_SIZE={demand.pp}.")
     if demand.drafts and not shape.mtp:
         raise CannotKnow("The line asks for MTP, but config.json has no MTP layers.")
     layers = shape.layers + (shape.mtp if demand.drafts else ())
     attention, states = layers.count(ATTENTION), layers.count(STATE)
-    if not attention or shape.heads % demand.tp or (shape.kv_heads % demand.tp and demand.tp % shape.kv_heads):
-        parts = f"{attention} attention layers of {shape.heads} heads and {shape.kv_heads} heads for keys and values"
-        raise CannotKnow(f"--tensor-parallel-size {demand.tp} cannot divide {parts}.")
+    whole = [shape.heads, *((shape.state.heads, shape.state.groups) if shape.state and states else ())]
+    if not attention or any(heads % tp for heads in whole) or (shape.kv_heads % tp and tp % shape.kv_heads):
+        raise CannotKnow(f"The model has no attention layer, or --tensor-parallel-size {tp} does not divide its heads.")
     # Every rank has at least one head for keys and values.
     each = shape.element if demand.cache_dtype == "auto" else CACHE_BYTES[demand.cache_dtype]
-    token = 2 * max(1, shape.kv_heads // demand.tp) * shape.head_dim * each
+    token = 2 * max(1, shape.kv_heads // tp) * shape.head_dim * each
     held = int(demand.vllm >= (0, 29, 0))  # get_kv_cache_configs then reserves the block that no sequence gets
     if not shape.state or not states:
         return Layout(demand.unit, demand.unit * token * attention, growing=1, fixed=0, held=held)
     kept = kept_states(shape, demand)
-    # A block has as many tokens as make its keys and values at least as large as one state.
+    # A block has so many --block-size that its keys and values are at least as large as a state.
     step = lcm(shape.state.chunk, demand.unit) if kept == "all" else demand.unit
     block = step * ceil(state_bytes(shape.state, demand, shape.element) / (step * token))
     # A group has as many layers as the rarer kind. If the other kind has less than half more, it has as many as that.
@@ -317,9 +311,6 @@ def kept_states(shape: Shape, demand: Demand) -> str:
 
 def state_bytes(state: State, demand: Demand, element: int) -> int:
     """Return the bytes of one layer's state on one rank. element: the model's bytes of one element."""
-    if state.heads % demand.tp or state.groups % demand.tp:
-        parts = f"the {state.heads} heads and {state.groups} groups of a state"
-        raise CannotKnow(f"--tensor-parallel-size {demand.tp} cannot divide {parts}.")
     channels = (state.heads * state.head_dim + 2 * state.groups * state.columns) // demand.tp
     convolution = (state.kernel - 1 + demand.drafts) * channels * element
     own = state.element if demand.state_dtype == "auto" else STATE_BYTES[demand.state_dtype]
