@@ -19,7 +19,7 @@ from cluster.node import HF_CACHE, mounts
 from cluster.options import gated, given_options, known_options
 from cluster.readings import keep_readings, loads_here
 from cluster.recorder import settle
-from cluster.server import Served, ask_server
+from cluster.server import ask_server
 from cluster.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -57,12 +57,20 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
         settle()
     nodes = ask_nodes(head, settings.forward)
     found = [*lacking, *find_disagreements(nodes, settings)]
+    memory = [node_memory(node) for node in nodes]
     budgets: Sequence[Budget] = ()
     keep_readings(settings)  # of a detached launch, which nobody has followed
     if server and server.alive:
-        said = [*said, _occupied(server, nodes)]
+        share = dict(given_options(server.words)).get("--gpu-memory-utilization", ["vLLM's default"])[0]
+        left = ", ".join(f"{node.name} {in_gib(node.available)} GiB" for node in memory)
+        running = (
+            f"A server runs: {server.model}, {server.context:,} tokens, GPU_MEM_UTIL {share} on each of "
+            f"{server.world_size} nodes. Still available: {left}. The memory rules were not judged, because they count "
+            "a running server twice. To judge them: inv stop; then check again."
+        )
+        said = [*said, running]
     else:
-        memory, cache = [node_memory(node) for node in nodes], Path(mounts(settings)[HF_CACHE])
+        cache = Path(mounts(settings)[HF_CACHE])
         budgets, short = memory_budgets(settings, memory, known.vllm, cache, loads_here(settings, head))
         found, said = [*found, *short], [*said, *beyond_limit(settings, cache)]
     return Inspection(settings, nodes, budgets, sorted(found, key=lambda one: RULES.index(one.rule)), said)
@@ -88,17 +96,6 @@ def node_memory(node: Node) -> NodeMemory:
     total, available, free, cached = map(told.get, ("MemTotal", "MemAvailable", "MemFree", "Cached"))
     swap = told["SwapTotal"] - told["SwapFree"] if "SwapFree" in told else None
     return NodeMemory(node.address, total, available, device, free, cached, swap)
-
-
-def _occupied(server: Served, nodes: Sequence[Node]) -> str:
-    """Return the sentence that replaces the memory rules, because they would count a running server's memory twice."""
-    share = dict(given_options(server.words)).get("--gpu-memory-utilization", ["vLLM's default"])[0]
-    left = [f"{one.address} {in_gib(node_memory(one).available)} GiB" for one in nodes]
-    return (
-        f"A server runs: {server.model}, {server.context:,} tokens, GPU_MEM_UTIL {share} on each of "
-        f"{server.world_size} nodes. Still available: {', '.join(left)}. The memory rules were not "
-        "judged, because they count a running server twice. To judge them: inv stop; then check again."
-    )
 
 
 # --- The report -------------------------------------------------------------------------------------------------------

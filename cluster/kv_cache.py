@@ -56,13 +56,6 @@ class Demand:
     vllm: tuple[int, ...] = (0, 21, 0)
 
 
-# The effect of these options is not computed, so 0 is the only value that they may have. MTP is read from JSON only.
-NOT_COMPUTED = (
-    "--decode-context-parallel-size", "--hf-overrides", "--mamba-block-size", "--mamba-cache-dtype",
-    "--num-gpu-blocks-override", "--kv-cache-dtype-skip-layers", "--speculative-config.method",
-)  # fmt: skip
-
-
 def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Demand:
     """Read the line and not the settings, because SERVE_EXTRA may repeat an option with another value.
 
@@ -92,8 +85,12 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     option("--enforce-eager", dest="eager", action=argparse.BooleanOptionalAction)
     option("--data-parallel-size", "-dp", dest="other", choices=("1",))
     option("--dtype", dest="other", choices=("auto", "bfloat16", "float16", "half"))
-    for name in NOT_COMPUTED:
-        option(name, dest="other", nargs="*", choices=("0",))
+    # The effect of these options is not computed, so 0 is the only value that they may have. MTP is read as JSON only.
+    for name in (
+        "decode-context-parallel-size", "hf-overrides", "mamba-block-size", "mamba-cache-dtype",
+        "num-gpu-blocks-override", "kv-cache-dtype-skip-layers", "speculative-config.method",
+    ):  # fmt: skip
+        option(f"--{name}", dest="other", nargs="*", choices=("0",))
     # vLLM takes --a_b=c_d for --a-b=c_d.
     dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
     found, unknown = argparse.Namespace(), ""

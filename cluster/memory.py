@@ -46,12 +46,11 @@ def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape | None,
     profile: the JSON file beside the model's profile. folder: the checkpoint's folder, whose config.json and index of
     the weights count before the profile. The third value is the reason why there is no shape.
     """
-    file, config, sizes = profile, None, {name: _gib(size) for name, size in MEASURED.items()}
+    file, sizes = profile, {name: _gib(size) for name, size in MEASURED.items()}
     try:
-        if profile.is_file():
-            kept = json.loads(profile.read_text())
-            config = kept.get("config")
-            sizes = {name: json_field(kept, f"{name}_gib", read=_gib, default=size) for name, size in MEASURED.items()}
+        kept = json.loads(profile.read_text()) if profile.is_file() else {}
+        config = kept.get("config")
+        sizes = {name: json_field(kept, f"{name}_gib", read=_gib, default=size) for name, size in MEASURED.items()}
         if folder and (folder / "model.safetensors.index.json").is_file():
             file = folder / "model.safetensors.index.json"
             index = json.loads(file.read_text())
@@ -147,8 +146,8 @@ class Budget:
 
         That option replaces only the size of the cache (determine_available_memory of v1/worker/gpu_worker.py).
         """
-        asked = self.node.share(self.demand.utilization)
-        return max(asked, self.own + self.demand.cache) if self.demand.cache else asked
+        given = self.own + self.demand.cache if self.demand.cache else 0
+        return max(self.node.share(self.demand.utilization), given)
 
     @property
     def cache(self) -> int | None:
@@ -245,16 +244,11 @@ def in_gib(size: int | None) -> str:
 
 
 def memory_budgets(
-    settings: ModelSettings,
-    nodes: Sequence[NodeMemory],
-    vllm: str,
-    hf_cache: Path | None,
-    loads: Sequence[Loaded] = (),
+    settings: ModelSettings, nodes: Sequence[NodeMemory], vllm: str, hf_cache: Path | None, loads: Sequence[Loaded] = ()
 ) -> tuple[list[Budget], list[Finding]]:
     """Compute the memory of each node with the model on it, and find the nodes that have too little.
 
-    vllm: the version that will run. hf_cache: this host's Hugging Face folder. With None the profile alone is read.
-    loads: what vLLM printed here of the same line.
+    vllm: the version that will run. hf_cache: this host's Hugging Face folder; with None the profile alone is read.
     """
     try:
         demand = read_demand(serve_words(settings), vllm_version(vllm))
@@ -360,15 +354,15 @@ def _proposal(
 ) -> str:
     """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and leaves the host enough.
 
-    With --kv-cache-memory-bytes its value is proposed in place of a command, because that option stands in SERVE_EXTRA
-    or in the model's template. keeps: the limits of which the host is left at least one, tried in this order.
+    For --kv-cache-memory-bytes only the value is returned, because that option stands in SERVE_EXTRA or in the model's
+    template. keeps: the limits, tried in this order. The host is left one of them.
     """
     demand, layout, most = budget.demand, budget.layout, float(settings["GPU_MEM_UTIL_MAX"])
     lowest = budget.own + (max(layout.least(demand.length), budget.sequences * layout.block_bytes) if layout else 1)
     shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]
     for keep in (float(settings[name]) for name in keeps):
         highest = budget.reservation + int(budget.left - keep * GIB)
-        # Another GPU_MEM_UTIL gives such a cache no byte, and the host only as much as the option's bytes leave.
+        # Another GPU_MEM_UTIL changes neither such a cache nor, where its bytes are too many, what the host keeps.
         by_bytes = demand.cache and (choose is min or budget.own + demand.cache > highest)
         if by_bytes and lowest <= highest:
             return f"Give --kv-cache-memory-bytes {int(choose([lowest, highest])) - budget.own}."
@@ -376,7 +370,4 @@ def _proposal(
         if fitting and not by_bytes:
             return f"Type: {settings.line(GPU_MEM_UTIL=f'{choose(fitting):.2f}')}"
     option = "--kv-cache-memory-bytes" if by_bytes else f"GPU_MEM_UTIL up to GPU_MEM_UTIL_MAX ({most:g})"
-    return (
-        f"No {option} holds the cache and leaves the host {keep:g} GiB. "
-        f"To see what else runs on {budget.node.name}, type there: free -g"
-    )
+    return f"No {option} holds the cache and leaves the host {keep:g} GiB. Type on {budget.node.name}: free -g"
