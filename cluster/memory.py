@@ -308,8 +308,7 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     for rule, limit in (("memory-floor", "MEM_FLOOR_GIB"), ("memory-low", "MEM_WARN_GIB")):
         if budget.left < float(settings[limit]) * GIB:
             text = f"{node.name} would keep {budget.left / GIB:.2f} GiB, less than {limit} ({settings[limit]}). "
-            keeps = (limit,) if rule == "memory-low" else KEEPS  # a lower limit would propose more than was asked for
-            found.append(Finding(rule, text + _proposal(budget, settings, max, keeps), refuses=rule == "memory-floor"))
+            found.append(Finding(rule, text + _proposal(budget, settings, max, limit), refuses=rule == "memory-floor"))
             break
     # Public reports of GB10 with the cache full: vLLM 56824 (NV_ERR_NO_MEMORY), and a load at a tenth of its speed.
     if node.free is not None and node.free < budget.taken <= node.available:
@@ -346,21 +345,18 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     return found
 
 
-KEEPS = ("MEM_WARN_GIB", "MEM_FLOOR_GIB")
-
-
 def _proposal(
-    budget: Budget, settings: ModelSettings, choose: Callable[[list[float]], float], keeps: Sequence[str] = KEEPS
+    budget: Budget, settings: ModelSettings, choose: Callable[[list[float]], float], limit: str = "MEM_FLOOR_GIB"
 ) -> str:
     """Return the command with a GPU_MEM_UTIL, in hundredths, that holds the cache and leaves the host enough.
 
     For --kv-cache-memory-bytes only the value is returned, because that option stands in SERVE_EXTRA or in the model's
-    template. keeps: the limits, tried in this order. The host is left one of them.
+    template. limit: the least that the host must keep. A proposal that keeps MEM_WARN_GIB is preferred.
     """
     demand, layout, most = budget.demand, budget.layout, float(settings["GPU_MEM_UTIL_MAX"])
     lowest = budget.own + (max(layout.least(demand.length), budget.sequences * layout.block_bytes) if layout else 1)
     shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]
-    for keep in (float(settings[name]) for name in keeps):
+    for keep in (float(settings[name]) for name in ("MEM_WARN_GIB", limit)):
         highest = budget.reservation + int(budget.left - keep * GIB)
         # Another GPU_MEM_UTIL changes neither such a cache nor, where its bytes are too many, what the host keeps.
         by_bytes = demand.cache and (choose is min or budget.own + demand.cache > highest)

@@ -44,8 +44,7 @@ class Known:
 def ask_inside(head: Container, seconds: float, read: Callable[[Any], T], *words: str) -> T:
     """Run a command in the head's container, for so many seconds at most, and read the JSON in its last line.
 
-    Raises Exit if the command fails, if `read` rejects the JSON, and if an earlier version of this repository started
-    the container.
+    Raises Exit if the command fails, if `read` rejects the JSON, and for a container of an earlier version.
     """
     if is_earlier(head):
         raise Exit(EARLIER)
@@ -58,10 +57,7 @@ def ask_inside(head: Container, seconds: float, read: Callable[[Any], T], *words
 
 
 def known_options(head: Container, settings: ModelSettings) -> Known:
-    """Read the options of the image's vLLM: from the file that this host keeps, the image's file, or vLLM itself.
-
-    vLLM needs half a minute to answer. Raises Exit if it does not.
-    """
+    """Read the options of the image's vLLM from this host's file, the image's file, or vLLM itself. May raise Exit."""
     kept = log_folder(settings) / f"options-{head.image.id.removeprefix('sha256:')[:12]}.json"
     if told := kept_json(kept, "vllm", "options"):
         return Known(**told)
@@ -86,9 +82,7 @@ def _read_known(told: Any) -> Known:  # noqa: ANN401 - JSON of any form
 def examine(words: Sequence[str], known: Known, env: Mapping[str, str]) -> dict[str, str]:
     """Return a sentence for each option that this vLLM refuses. env: the variables of its containers.
 
-    vLLM's parser accepts the first three, but its start refuses them. They were read in the sources of vLLM 0.11.0,
-    0.12.0, 0.17.1, 0.18.0, 0.19.0, 0.20.2, 0.21.0 and 0.32.0. (0.11.0 does not refuse asynchronous scheduling, but its
-    only Ray executor is the older one.)
+    vLLM's parser accepts the first three, but its start refuses them: read in eight releases from 0.11.0 to 0.32.0.
     """
     given, vllm = given_options(words), vllm_version(known.vllm)
     last = {name: " ".join(values) for name, values in given}
