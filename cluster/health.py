@@ -150,9 +150,7 @@ def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
             why = "The server has answered requests and does not listen any more: it is ending."
             return Verdict(State.NOT_RUNNING, why, LAUNCH_AGAIN)
         if recorded and (quiet := recorded.quiet(*LOAD)) >= stall:
-            why = (
-                f"The server does not listen yet. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
-            )
+            why = f"The server does not listen. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
             return Verdict(State.HUNG, why, "inv logs; then: inv stop")
         return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
     said = f"The API answers {answer.status or 'nothing'}: {answer.text[:200]}"

@@ -198,6 +198,8 @@ class Load:
                 raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
         # `docker exec` may end before the server does.
         if over and not server.server_runs(guards.running_node("Type: inv up --model NAME")):
+            while (seen := read_recorded(self.settings)) and seen.alive:  # the recorder's next look asks the guards
+                time.sleep(PAUSE_S)
             last = "\n".join(f"  {line}" for line in self.last)
             how, then = read_ended(self.settings) or ("The server has ended.", "inv logs")
             raise Exit(f"{how} The last lines of its log:\n{last}\nType: {then}")
@@ -211,10 +213,8 @@ class Load:
             seen = read_recorded(self.settings)
             if not stuck and seen and seen.quiet(*LOAD) >= int(self.settings["STALL_S"]):
                 stuck = True
-                text = (
-                    f"STUCK in {self.phase}: for {self.settings['STALL_S']} s (STALL_S) no line came in the log, and "
-                    "neither processor nor memory moved on any node. Look: inv logs"
-                )
+                limit = f"{self.settings['STALL_S']} s (STALL_S)"
+                text = f"STUCK in {self.phase}: for {limit} neither log, processor nor memory moved. Look: inv logs"
                 if not self.stay:
                     raise Exit(text)
                 say(f"{text}; on each node: docker exec {CONTAINER} ps aux; sudo dmesg | tail. To end it: inv stop")

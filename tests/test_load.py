@@ -276,6 +276,21 @@ def test_a_load_that_the_memory_guard_ended_says_so(loading, serving, folder):
     assert ended.value.message.endswith("inv up --model NAME, with a lower GPU_MEM_UTIL")
 
 
+def test_a_server_that_has_just_ended_is_told_with_its_reason(loading, serving, folder, monkeypatch):
+    """vLLM may end before the recorder has asked the guard that killed a rank. The follower waits for that look."""
+    told = {"at": time.time(), "nodes": {}, "quiet": {}, "silent": {}, "floor": 5}
+    (folder / "vitals.json").write_text(json.dumps(told | {"alive": True}))
+
+    def sleep(_):
+        (folder / "ended.json").write_text(json.dumps(GUARDED))
+        (folder / "vitals.json").write_text(json.dumps(told | {"alive": False}))
+
+    serving.now = False
+    monkeypatch.setattr(load.time, "sleep", sleep)
+    with pytest.raises(Exit, match=f"^{LOW}"):
+        loading(["line"], looks=9, over=True)
+
+
 def test_the_log_may_end_before_the_server(loading):
     """If `docker exec` has ended and the server runs, the wait for the load goes on."""
     out, err = loading([LINES[5][0]], looks=9, over=True)

@@ -280,10 +280,10 @@ def keep(file, value):
 
 
 def shortage(nodes, last, floor, age):
-    """Return why the server must be ended for want of memory; None if it need not be.
+    """Return why the server must be ended, because a node lacks memory; None if it need not be.
 
-    last: for each node the time of its last answer, and the bytes that it then had. age: the server's, in seconds. A
-    guard that killed before that killed ranks of an earlier server.
+    last: for each node the time of its last answer, and the bytes that it then had. age: the server's, in seconds. An
+    older kill was one of an earlier server.
     """
     for address, node in nodes.items():
         if node and node["killed"] and node["at"] - node["killed"]["at"] < age:
