@@ -154,8 +154,9 @@ def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 def _enough(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     have, needed = sorted({node.address for node in nodes if node.ray_gpus >= 1}), settings.world_size()
     if len(have) < needed:
+        again = settings.line("worker", "elsewhere")
         text = f"The model needs {needed} nodes with a GPU (TP_SIZE times PP_SIZE); Ray has {len(have)}: "
-        yield Finding("nodes", f"{text}{', '.join(have) or 'none'}. On each that is missing: {settings.line('worker')}")
+        yield Finding("nodes", f"{text}{', '.join(have) or 'none'}. On each that is missing: {again}")
 
 
 def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -163,7 +164,8 @@ def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     for node, host in _told(nodes, "host"):
         if (twin := first.setdefault(host, node)) is not node:
             text = f"The worker {node.address} was started on the machine of {twin.address} ({twin.hostname}). "
-            yield Finding("hosts", f"{text}End it by Ctrl-C; then type on the other Spark: {settings.line('worker')}")
+            again = settings.line("worker", "elsewhere")
+            yield Finding("hosts", f"{text}End it by Ctrl-C; then type on the other Spark: {again}")
 
 
 def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -227,7 +229,7 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 
 
 def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every interface in use must be up, with the head's MTU. Fewer RoCE devices or an MTU below 9000 bring a warning."""
+    """Every interface in use must be up, with the head's MTU. Fewer devices or an MTU below 9000 bring a warning."""
     sides = []
     for node, links, env in _told(nodes, "links", "environment"):
         sockets = {name for name in env.get("NCCL_SOCKET_IFNAME", "").split(",") if name}

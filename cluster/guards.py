@@ -91,7 +91,7 @@ def _wait_for_head(settings: Settings) -> None:
         if time.monotonic() > deadline:
             raise Exit(
                 f"No head answers at {address}:{RAY_PORT} after {seconds} s (WAIT_HEAD_S). If it runs, check the cable "
-                f"and HEAD_NODE_IP; otherwise type there: {settings.line('head')}"
+                f"and HEAD_NODE_IP; otherwise type there: {settings.line('head', 'elsewhere')}"
             )
         time.sleep(0.3)
 
@@ -152,7 +152,7 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
         raise Exit(
             f"The head's container did not start with what {settings.model.name} needs:\n{listed}\nEvery node needs a "
             f"new container. Type: inv down; then here: {settings.line('head')}; then on every other node: "
-            f"{settings.line('worker')}"
+            f"{settings.line('worker', 'elsewhere')}"
         )
 
 

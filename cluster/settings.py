@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from invoke import Exit
 
@@ -231,10 +231,11 @@ class Settings(Mapping[str, str]):
         """Return the same settings, with these names set but empty."""
         return replace(self, found={**self.found, **dict.fromkeys(names, Setting("", "", origin))})
 
-    def line(self, task: str = "", **changed: str) -> str:
+    def line(self, task: str = "", where: Literal["here", "elsewhere"] = "here", /, **changed: str) -> str:
         """Return the typed line with these settings changed, or the line of another task for the same model.
 
-        The shell's settings stand before it, but no secret. `up` brings up every node, so it does for head and worker.
+        The shell's settings stand before it, but no secret, and for a node elsewhere nothing that belongs to this
+        node. `up` brings up every node, so it does for head and worker.
         """
         same = not task or self.typed[0] == "up"
         shell = {name: self.found[name].text for name in sorted(self) if self.origin(name) == "shell"}
@@ -243,9 +244,8 @@ class Settings(Mapping[str, str]):
             (flags if name in FLAGS else shell)[name] = value
         words = ["--model", self.model.name] if self.model else []
         words += [word for name, value in flags.items() for word in (FLAGS[name], value)]
-        before = [
-            f"{name}={value and shlex.quote(value)} " for name, value in shell.items() if name not in {*flags, *HIDDEN}
-        ]
+        left_out = {*flags, *HIDDEN, *(OF_ONE_NODE if where == "elsewhere" and not same else ())}
+        before = [f"{name}={value and shlex.quote(value)} " for name, value in shell.items() if name not in left_out]
         first, *own = self.typed if same else (task,)
         return "".join(before) + shlex.join(["inv", *first.split(), *words, *own])
 
@@ -266,13 +266,12 @@ class ModelSettings(Settings):
     model: Model
 
 
-Flags = Mapping[str, str | None]
 # The values of each origin. An earlier origin beats a later one.
 Sources = Mapping[str, Mapping[str, str]]
 
 
 def load_settings(
-    model: Model | None = None, flags: Flags | None = None, shell: Mapping[str, str] = os.environ
+    model: Model | None = None, flags: Mapping[str, str | None] | None = None, shell: Mapping[str, str] = os.environ
 ) -> Settings:
     """Find every setting of a run with this model, or without one."""
     site = {origin: read_values(file) for origin, file in site_files(model, shell.get("ENV_FILE")).items()}

@@ -273,6 +273,13 @@ def test_tcp_on_purpose_needs_no_rdma(found, operator):
     assert found(infiniband=[], memlock=65536) == []
 
 
+def test_a_node_over_tcp_uses_no_device(found):
+    """A node without a list of devices does not count as a node with one device."""
+    env = {name: value for name, value in ENV.items() if name != "NCCL_IB_HCA"} | {"NCCL_IB_DISABLE": "1"}
+    (counted,) = [one for one in found(environment=env) if one.rule == "link-count"]
+    assert counted.text.startswith("10.0.0.1 uses 2 RoCE devices, 10.0.0.2 0.")
+
+
 @pytest.mark.parametrize(("digest", "told"), [("fedcba9876543210", "fedcba987654"), (None, "none")])
 def test_a_node_of_another_version_is_a_warning(found, digest, told):
     """All that decides how the nodes run is compared by itself, so another version alone refuses nothing."""

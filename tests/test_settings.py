@@ -254,7 +254,14 @@ def test_a_remedy_repeats_what_was_typed(task, typed, env_file):
 def test_a_remedy_for_another_task_keeps_its_model(typed):
     """`head` and `worker` get the model and the shell's settings. After an `up` it is `up`, which starts all nodes."""
     assert typed("launch --model nemotron --max-len 1M").line("head") == f"{BEFORE} inv head --model nemotron"
-    assert typed("up --model nemotron --max-len 1M").line("head") == f"{BEFORE} inv up --model nemotron --max-len 1M"
+    up = f"{BEFORE} inv up --model nemotron --max-len 1M"
+    for where in ("here", "elsewhere"):
+        assert typed("up --model nemotron --max-len 1M").line("head", where) == up
+
+
+def test_a_remedy_for_another_node_has_nothing_of_this_node(typed):
+    """This node's own address would be refused on the other node."""
+    assert typed("launch --model nemotron").line("worker", "elsewhere") == "RDMA_HCAS= inv worker --model nemotron"
 
 
 # --- .env ---
