@@ -154,10 +154,8 @@ def as_json(found: Inspection) -> str:
 def _table(found: Inspection) -> list[str]:
     """Return one column of GiB for each node. Importing rich for this table would add a third to `inv plan`."""
     nodes = [budget.node for budget in found.budgets] or [node_memory(node) for node in found.nodes]
-    rows = [(label, *(in_gib(getattr(node, name)) for node in nodes)) for label, name in NOW.items()]
-    if found.budgets and not found.nodes:  # a Spark that nobody has asked
-        del rows[1:]
-    for row in zip(*(budget_rows(budget) for budget in found.budgets), strict=True):
-        rows.append((row[0][0], *(amount for _, amount in row)))
-    rows = [("GiB", *(node.name for node in nodes)), *rows] if nodes else []
-    return [f"{label:<52}" + "".join(f"{amount:>12}" for amount in amounts) for label, *amounts in rows]
+    now = list(NOW.items())[: None if found.nodes else 1]  # a Spark that nobody has asked has MemAvailable alone
+    columns = [[("GiB", node.name), *((label, in_gib(getattr(node, name))) for label, name in now)] for node in nodes]
+    for column, budget in zip(columns, found.budgets, strict=False):  # beside a running server there are no budgets
+        column += budget_rows(budget)
+    return [f"{row[0][0]:<52}" + "".join(f"{amount:>12}" for _, amount in row) for row in zip(*columns, strict=True)]

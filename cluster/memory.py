@@ -300,11 +300,11 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
     loading, and the sequences in config/compilation.py of 0.20 to 0.32 ("exceeds available Mamba cache blocks").
     """
     node, demand, layout = budget.node, budget.demand, budget.layout
-    as_loaded_here = f", as loaded here on {budget.loaded}" if budget.loaded else ""
     if not node.total or node.available is None:
         text = f"MemTotal or MemAvailable of {node.name} is unknown, so the model may not fit. Type there: free -g"
         return [Finding("memory-unknown", text)]
     found = []
+    where = f"{node.name}, as loaded here on {budget.loaded}" if budget.loaded else node.name
     for rule, limit in (("memory-floor", "MEM_FLOOR_GIB"), ("memory-low", "MEM_WARN_GIB")):
         if budget.left < float(settings[limit]) * GIB:
             text = f"{node.name} would keep {budget.left / GIB:.2f} GiB, less than {limit} ({settings[limit]}). "
@@ -323,15 +323,15 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
         source = "--kv-cache-memory-bytes gives" if demand.cache else f"GPU_MEM_UTIL {demand.utilization:g} leaves"
         text = (
             f"{demand.length:,} tokens need {layout.least(demand.length) / GIB:.2f} GiB of KV cache, and {source} "
-            f"{budget.cache / GIB:.2f} on {node.name}{as_loaded_here}. The largest that fits: {fits}. "
+            f"{budget.cache / GIB:.2f} on {where}. The largest that fits: {fits}. "
         )
         found.append(Finding("memory-context", text + _proposal(budget, settings, min)))
     elif layout and budget.cache is not None and budget.blocks < budget.sequences:
         default = "" if demand.sequences else " (vLLM's default on this GPU)"
         text = (
             f"vLLM would refuse MAX_NUM_SEQS {budget.sequences}{default} after loading: each sequence needs a cache "
-            f"block, and {node.name} has {budget.blocks}{as_loaded_here}. Type: "
-            f"{settings.line(MAX_NUM_SEQS=str(budget.blocks))}. "
+            f"block, and there are {budget.blocks} on {where}. Type: "
+            f"{settings.line(MAX_NUM_SEQS=str(budget.blocks))}. Or make the cache larger. "
         )
         found.append(Finding("memory-sequences", text + _proposal(budget, settings, min)))
     if layout and budget.batched < layout.least_batched:
