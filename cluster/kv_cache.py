@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 from cluster.finding import CannotKnow
 from cluster.settings import TOKENS
 
-# The bytes of one element. vLLM runs a float32 model in 16 bits. Other dtypes of the cache are not computed.
-MODEL_BYTES = {"bfloat16": 2, "float16": 2, "float32": 2}
-CACHE_BYTES = {"bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+# vLLM runs a model of each of these dtypes in 16 bits, also one of float32. Other dtypes are not computed.
+MODEL_DTYPES, MODEL_BYTES = ("bfloat16", "float16", "float32"), 2
+# The bytes of one element of the cache, and of a state.
+CACHE_BYTES = {"auto": MODEL_BYTES, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     option = cached.add_argument
     option("--max-model-len", dest="length", type=whole_number, default=0)
     option("--block-size", dest="unit", type=whole_number)
-    option("--kv-cache-dtype", dest="cache_dtype", choices=("auto", *CACHE_BYTES))
+    option("--kv-cache-dtype", dest="cache_dtype", choices=CACHE_BYTES)
     option("--mamba-ssm-cache-dtype", dest="state_dtype", choices=("auto", *STATE_BYTES))
     option("--speculative-config", dest="drafts", type=mtp_tokens)
     option("--max-num-seqs", dest="sequences", type=whole_number)
@@ -169,7 +170,6 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    element: int
     state: State | None
     caches_all_states: bool
     limit: int | None = None  # the model's own limit of the context in tokens
@@ -206,9 +206,9 @@ def read_shape(config: dict[str, Any]) -> Shape:
     heads = number("num_attention_heads")
     head_dim = number("head_dim") if config.get("head_dim") else number("hidden_size") // heads
     kv_heads = number("num_key_value_heads", default=heads)
-    element = json_field(config, "dtype", "torch_dtype", read=MODEL_BYTES.__getitem__)
+    json_field(config, "dtype", "torch_dtype", read=MODEL_DTYPES.index)  # refuses other dtypes
     limit = number("max_position_embeddings") if config.get("max_position_embeddings") else None
-    return Shape(layers, mtp, heads, kv_heads, head_dim, element, state, kind == "nemotron_h", limit)
+    return Shape(layers, mtp, heads, kv_heads, head_dim, state, kind == "nemotron_h", limit)
 
 
 def json_field(fields: Mapping[str, Any], *keys: str, read: Callable[[Any], T], default: object = None) -> T:
@@ -270,15 +270,14 @@ def cache_layout(shape: Shape, demand: Demand) -> Layout:
     if not attention or any(heads % tp for heads in whole) or (shape.kv_heads % tp and tp % shape.kv_heads):
         raise CannotKnow(f"The model has no attention layer, or --tensor-parallel-size {tp} does not divide its heads.")
     # Every rank has at least one head for keys and values.
-    each = shape.element if demand.cache_dtype == "auto" else CACHE_BYTES[demand.cache_dtype]
-    token = 2 * max(1, shape.kv_heads // tp) * shape.head_dim * each
+    token = 2 * max(1, shape.kv_heads // tp) * shape.head_dim * CACHE_BYTES[demand.cache_dtype]
     held = int(demand.vllm >= (0, 29, 0))  # get_kv_cache_configs then reserves the block that no sequence gets
     if not shape.state or not states:
         return Layout(demand.unit, demand.unit * token * attention, growing=1, fixed=0, held=held)
     kept = kept_states(shape, demand)
     # A block has so many --block-size that its keys and values are at least as large as a state.
     step = lcm(shape.state.chunk, demand.unit) if kept == "all" else demand.unit
-    block = step * ceil(state_bytes(shape.state, demand, shape.element) / (step * token))
+    block = step * ceil(state_bytes(shape.state, demand) / (step * token))
     # A group has as many layers as the rarer kind. If the other kind has less than half more, it has as many as that.
     few, many = sorted((attention, states))
     group = many if many < few * 1.5 else few
@@ -306,9 +305,9 @@ def kept_states(shape: Shape, demand: Demand) -> str:
     return demand.mode if demand.mode != "none" else "align" if aligned else "all"
 
 
-def state_bytes(state: State, demand: Demand, element: int) -> int:
-    """Return the bytes of one layer's state on one rank. element: the model's bytes of one element."""
+def state_bytes(state: State, demand: Demand) -> int:
+    """Return the bytes of one layer's state on one rank."""
     channels = (state.heads * state.head_dim + 2 * state.groups * state.columns) // demand.tp
-    convolution = (state.kernel - 1 + demand.drafts) * channels * element
+    convolution = (state.kernel - 1 + demand.drafts) * channels * MODEL_BYTES
     own = state.element if demand.state_dtype == "auto" else STATE_BYTES[demand.state_dtype]
     return convolution + state.heads // demand.tp * state.head_dim * state.columns * own
