@@ -86,11 +86,11 @@ def ask_fabric(head: Container) -> list[Rank]:
 
 
 def read_rank(told: dict[str, Any]) -> Rank:
-    where = {"address": told["address"], "hostname": told["hostname"]}
+    address, hostname = told["address"], told["hostname"]
     if "error" in told:
-        return Rank(**where, error=told["error"])
+        return Rank(address, hostname, told["error"])
     transports, devices = read_log(told["log"])
-    rank = Rank(**where, environment=told["environment"], transports=transports, devices=devices)
+    rank = Rank(address, hostname, environment=told["environment"], transports=transports, devices=devices)
     if told["status"] == 0:
         return replace(rank, **json.loads(told["told"].splitlines()[-1]))
     # The first warning has the cause, and later ones follow from it. Without a warning the last line says most.
@@ -119,8 +119,8 @@ def link_rate(nodes: Sequence[Node]) -> float:
     """
     rates = []
     for node in nodes:
-        used = [(name, device) for name, device in used_devices(node).items() if device]
-        ports = {Link(name, device["netdev"], True, None).port: device["speed"] for name, device in used}
+        used = [device for device in used_devices(node).values() if device]
+        ports = {Link("", device["netdev"], True, None).port: device["speed"] for device in used}
         rates.append(sum(ports.values()) * 1e6 / 8)
     return min(rates, default=0)
 
