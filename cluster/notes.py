@@ -51,7 +51,9 @@ def operator_notes(settings: Settings, shell: Mapping[str, str] = os.environ) ->
         values = read_values(file)
         private += [file] * any(values.get(name) for name in SECRETS)
         for name in sorted(values.keys() - known):
-            if values[name]:
+            if name in SET_BY:
+                yield f"{origin} sets {name}, but every container gets it from {SET_BY[name]}: set {SET_BY[name]}."
+            elif values[name]:
                 yield f"{origin} sets {name}, which nothing knows{nearest(name, known)}."
             else:  # the end of a key in base64 looks like this
                 line = next(number for number, line in enumerate(file.open(errors="replace"), 1) if name in line)

@@ -315,6 +315,13 @@ def test_an_unknown_name_in_dotenv_is_a_note_with_the_nearest(name, near, settle
     assert noted(settle()) == [f".env sets {name}, which nothing knows{hint}."]
 
 
+def test_a_variable_that_a_setting_decides_is_a_note(settle, env_file):
+    """`.env` of an older script may have NCCL's own variables."""
+    env_file.write_text("NCCL_IB_HCA=rocep1s0f1\n")
+    said = ".env sets NCCL_IB_HCA, but every container gets it from RDMA_HCAS: set RDMA_HCAS."
+    assert noted(settle()) == [said]
+
+
 def test_a_knob_of_another_model_in_dotenv_is_known(settle, env_file):
     """One .env serves all models, so a knob that this model lacks is no mistake."""
     env_file.write_text("ENABLE_PREFIX_CACHING=0\nENABLE_MTP=1\nVLLM_FORWARD_VARS=MINE\nMINE=1\n")
