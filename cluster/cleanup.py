@@ -17,9 +17,7 @@ def clean_up(settings: Settings, yes: bool) -> None:
     for container in found:
         age, image = engine.container_age(container), engine.container_image(container)
         say(f"{container.name}: {container.status}, {age} old, image {image}")
-    for program, port in (("Ray", RAY_PORT), ("API", int(settings["PORT"]))):
-        obstacle = port_obstacle("0.0.0.0", port)
-        say(f"{program}: {obstacle or f'port {port} is free'}{'' if found else freeing(obstacle)}")
+    _tell_ports(settings, others=not found)
     if not found:
         return say("Nothing to remove.")
     names = [container.name for container in found]
@@ -30,3 +28,11 @@ def clean_up(settings: Settings, yes: bool) -> None:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Exit("Nothing was removed.")
     run(removal_command(names), whole=True)
+    _tell_ports(settings, others=True)
+
+
+def _tell_ports(settings: Settings, others: bool) -> None:
+    """Tell what holds the ports. others: no container is left, so it is another program, which a person has to end."""
+    for program, port in (("Ray", RAY_PORT), ("API", int(settings["PORT"]))):
+        obstacle = port_obstacle("0.0.0.0", port)
+        say(f"{program}: {obstacle or f'port {port} is free'}{freeing(obstacle) if others else ''}")

@@ -5,7 +5,7 @@ Profiles and `.env` are the same kind of file. Both hold NAME=value lines, which
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,11 +19,15 @@ from cluster.repository import ROOT
 
 @dataclass(frozen=True)
 class Model:
-    """One profile: its folder below the root, its file without `.env`, and the name that `--model` takes."""
+    """One profile: its folder below the root, its file without `.env`, and the name that `--model` takes.
+
+    `clash`: another file has the same name, so no run may use this model.
+    """
 
     folder: str
     size: str
     name: str
+    clash: str = ""
 
     @property
     def profiles(self) -> tuple[Path, ...]:
@@ -55,19 +59,21 @@ class Model:
 def known_models() -> dict[str, Model]:
     """Return every model by its name: the profile's ALIAS, or its folder's name if the folder has one model.
 
-    Raises Exit if two names are the same, or would become the same task.
+    Where two files would be one model or one task, the first has the `clash`, and the second is left out.
     """
     found: dict[str, Model] = {}
-    tasks: dict[str, Path] = {}
+    tasks: dict[str, Model] = {}
     for folder in sorted(file.parent for file in ROOT.glob("*/serve.j2")):
         files = sorted(file for file in folder.glob("[!.]*.env") if file.name != "cluster.env" and file.is_file())
         for file in files:
             name = folder.name if len(files) == 1 else f"{folder.name}-{file.stem}"
             name = _assigned([file]).get("ALIAS", name)
-            other = tasks.setdefault(re.sub("[._]", "-", name), file)
-            if other != file:
-                raise Exit(f"{file_label(file)} and {file_label(other)} are both the model {name}. Rename one of them.")
-            found[name] = Model(folder.name, file.stem, name)
+            model = Model(folder.name, file.stem, name)
+            first = tasks.setdefault(re.sub("[._]", "-", name), model)
+            if first is not model:
+                both = f"{file_label(file)} and {first.folder}/{first.size}.env are both the model {name}"
+                model = replace(first, clash=f"{both}. Rename one of them, and take ALIAS out of one if both have it.")
+            found[model.name] = model
     return found
 
 
@@ -89,6 +95,8 @@ def find_model(name: str) -> Model:
     by_name = {f"{model.folder}-{model.size}": model for model in models.values()} | models
     if name not in by_name:
         raise Exit(f"No model is called {name!r}{nearest(name, by_name)}. There are: {', '.join(models)}.")
+    if clash := by_name[name].clash:
+        raise Exit(clash)
     return by_name[name]
 
 

@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from cluster.command import SECRETS
 from cluster.models import file_label, known_models, nearest, read_values
 from cluster.repository import ROOT
-from cluster.settings import CORE, HIDDEN, SET_BY, Settings, is_operators, site_files
+from cluster.settings import CORE, EVERY_CONTAINER, HIDDEN, SET_BY, Settings, is_operators, site_files
 
 # A name of the shell as near as this to a known one is a typing error. ENABLE_MPT is at 0.9, NCCL_DEBUG_FILE at 0.8.
 NEAR = 0.88
@@ -37,11 +37,14 @@ def overridden(settings: Settings) -> Iterator[str]:
 def operator_notes(settings: Settings, shell: Mapping[str, str] = os.environ) -> Iterator[str]:
     """Yield a sentence for each name in the shell or in a `.env` that does nothing, and for each `.env` too open."""
     of_models = frozenset[str]().union(*(model.keys for model in known_models().values()))
-    used = {*CORE, *settings, *settings.lacking, *settings["VLLM_FORWARD_VARS"].split()}
+    listed = {*settings.lacking, *settings["VLLM_FORWARD_VARS"].split()}
+    # The variables of the containers that another setting writes, each with that setting.
+    written = {name: by for name, by in (SET_BY | EVERY_CONTAINER).items() if name != by and name not in listed}
+    used = {*CORE, *settings, *listed} - written.keys()
     known = of_models | used
     for name in sorted(shell.keys() - used):
-        if name in SET_BY:
-            yield f"{name} is set in the shell, but every container gets it from {SET_BY[name]}: set {SET_BY[name]}."
+        if name in written:
+            yield f"{name} is set in the shell, but every container gets it from {written[name]}: set {written[name]}."
         elif name in of_models:
             yield f"{name} is set in the shell, but this run does not use it."
         elif "_" in name and (hint := nearest(name, known, NEAR)):
@@ -51,8 +54,8 @@ def operator_notes(settings: Settings, shell: Mapping[str, str] = os.environ) ->
         values = read_values(file)
         private += [file] * any(values.get(name) for name in SECRETS)
         for name in sorted(values.keys() - known):
-            if name in SET_BY:
-                yield f"{origin} sets {name}, but every container gets it from {SET_BY[name]}: set {SET_BY[name]}."
+            if name in written:
+                yield f"{origin} sets {name}, but every container gets it from {written[name]}: set {written[name]}."
             elif values[name]:
                 yield f"{origin} sets {name}, which nothing knows{nearest(name, known)}."
             else:  # the end of a key in base64 looks like this

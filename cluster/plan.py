@@ -26,8 +26,8 @@ def plan_commands(settings: ModelSettings) -> list[Command]:
         named = dict(re.findall("^#? ?(RDMA_HCAS|DATA_IFS)=(.+)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
         pairs = zip(named["RDMA_HCAS"].split(","), named["DATA_IFS"].split(","), strict=True)
         found = [Link(hca, netdev, up=True, address="any") for hca, netdev in pairs]
-    token = token_file(settings) or "none"
-    say(f"Of this machine, and perhaps not of yours: the caches in {settings['CACHE_DIR']}, Ray's token: {token}.")
+    own = f"the caches in {settings['CACHE_DIR']}, Ray's token: {token_file(settings) or 'none'}"
+    say(f"These values are this machine's, and may differ on a Spark: {own}.")
     net = node.network(settings, found, head)
     names = dict.fromkeys((settings["PRIMARY_IF"], *net.interfaces))  # Gloo and NCCL open sockets on each, on any port
     say("On every node that has a firewall, once:", *(f"  sudo ufw allow in on {name}" for name in names))

@@ -202,5 +202,5 @@ def log_command(settings: Settings, of_node: bool, follow: bool) -> Command:
 def show_log(command: Command) -> NoReturn:
     """Replace this process by log_command. Raises Exit if there is no log."""
     if not os.path.exists(file := command.words[-1]):
-        raise Exit(f"There is no {file}. The server's log is on the head; only a node with --detach has a log.")
+        raise Exit(f"There is no {file}. The server's log is on the head; a node started with --detach has its own.")
     become(command)

@@ -101,7 +101,13 @@ def test_down_by_another_heads_address_is_for_this_node_alone(inv):
 
 def test_a_log_that_is_missing_is_said_to_be_elsewhere(inv, tmp_path):
     """The operator is told on which node to look."""
-    assert "serve.log. The server's log is on the head; only" in inv("logs", CACHE_DIR=str(tmp_path)).err
+    assert "serve.log. The server's log is on the head; a node" in inv("logs", CACHE_DIR=str(tmp_path)).err
+
+
+def test_a_plan_names_the_values_of_this_machine(inv):
+    """The caches and the token of the machine that plans may differ from those of a Spark."""
+    said = inv("plan --model nemotron", CACHE_DIR="/somewhere", RAY_AUTH_TOKEN_PATH="/none").err
+    assert "may differ on a Spark: the caches in /somewhere, Ray's token: none." in said
 
 
 def test_a_plan_has_one_worker_for_each_address(inv):

@@ -308,6 +308,9 @@ def test_cleanup_says_what_to_do_about_another_process(docker, ray_port, capfd, 
     operator.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "n"))
     _refused(cleanup.clean_up, False)
     assert "No container of this project" not in capfd.readouterr().err
+    operator.setattr(cleanup, "run", lambda command, whole: None)
+    cleanup.clean_up(load_settings(None, {}, {"ENV_FILE": "", "PORT": "1"}), True)
+    assert capfd.readouterr().err.count("No container of this project") == 1  # once the containers are gone
 
 
 @pytest.mark.parametrize(("typed", "removed"), [("y\n", True), ("Yes\n", True), ("n\n", False), ("", False)])

@@ -339,6 +339,11 @@ def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
     [
         ("ENABLE_MPT", "ENABLE_MPT is set in the shell, and nothing here knows it (did you mean ENABLE_MTP?)."),
         ("NCCL_IB_HCA", "NCCL_IB_HCA is set in the shell, but every container gets it from RDMA_HCAS: set RDMA_HCAS."),
+        (
+            "VLLM_ENGINE_READY_TIMEOUT_S",
+            "VLLM_ENGINE_READY_TIMEOUT_S is set in the shell, but every container gets it from ENGINE_TIMEOUT_S: "
+            "set ENGINE_TIMEOUT_S.",
+        ),
         ("GPU_MEM_UTILS", "GPU_MEM_UTILS is set in the shell, and nothing here knows it (did you mean GPU_MEM_UTIL?)."),
         *((name, None) for name in ("HOSTNAME", "HF_HOME", "NCCL_DEBUG_FILE", "XDG_CACHE_HOME", "LANG", "SSH_TTY")),
     ],
@@ -346,6 +351,12 @@ def test_a_knob_in_the_shell_that_this_run_does_not_use_is_a_note(settle):
 def test_a_name_in_the_shell_that_does_nothing_is_a_note(name, said, settle):
     """A typing error, and a variable that the bring-up sets itself, would otherwise go unseen."""
     assert noted(settle(), {name: "1"}) == ([said] if said else [])
+
+
+def test_a_variable_in_a_dotenv_that_a_setting_writes_is_a_note(settle, env_file):
+    """The note names the setting, as it does for the shell."""
+    env_file.write_text("MASTER_ADDR=10.0.0.9\n")
+    assert "but every container gets it from HEAD_NODE_IP: set HEAD_NODE_IP." in noted(settle())[0]
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, True), (0o604, True)])

@@ -22,6 +22,7 @@ def refusal(said, env):
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # a script beside this one must hide no module of Ray
     from ray.scripts.scripts import main
 
     sys.argv = sys.argv[1:]  # Ray's help and errors then name the command `ray`

@@ -13,5 +13,5 @@ guard() { # start the guard, and start it again if it dies
 }
 
 guard </dev/null &
-[ "$1" != ray ] || set -- python3 -P "${0%/*}/ray_start.py" "$@" # -P: a script beside it must hide no module of Ray
+[ "$1" != ray ] || set -- python3 "${0%/*}/ray_start.py" "$@"
 exec "$@"
