@@ -71,8 +71,8 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
     option("--gpu-memory-utilization", dest="utilization", type=float, default=0.0)
     option("--tensor-parallel-size", "-tp", dest="tp", type=whole_number)
     option("--pipeline-parallel-size", "-pp", dest="pp", type=whole_number)
-    option("--kv-cache-memory-bytes", dest="cache", type=with_unit)
-    option("--cpu-offload-gb", dest="other", choices=("0",))  # the host keeps these weights beside the reservation
+    option("--kv-cache-memory-bytes", dest="cache", type=lambda text: int(TOKENS.read(text)))  # 8G is 8 GiB, 8g is 8e9
+    option("--cpu-offload-gb", dest="other", type=float, choices=(0,))  # the host keeps these beside the reservation
     option = cached.add_argument
     option("--max-model-len", dest="length", type=whole_number, default=0)
     option("--block-size", dest="unit", type=whole_number)
@@ -94,22 +94,21 @@ def read_demand(words: Sequence[str], vllm: tuple[int, ...] = (0, 21, 0)) -> Dem
         option(f"--{name}", dest="other", nargs="*", choices=("0",))
     # vLLM takes --a_b=c_d for --a-b=c_d.
     dashed = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
-    found, unknown = argparse.Namespace(), ""
+    found, unknown, odd = argparse.Namespace(), "", "in the `vllm serve` line has a value that is not computed"
     try:
         _, others = reserved.parse_known_args(dashed, found)
     except argparse.ArgumentError as error:
-        raise CannotKnow(f"The `vllm serve` line has a value that is not computed: {error}.") from None
+        raise CannotKnow(f"{error.argument_name} {odd}. Take it out of SERVE_EXTRA or of serve.j2.") from None
     if not 0 < found.utilization <= 1:
         raise CannotKnow("The line needs --gpu-memory-utilization above 0 and at most 1.")
     try:
         cached.parse_known_args(others, found)
     except argparse.ArgumentError as error:
-        unknown = f"The `vllm serve` line has a value that is not computed: {error}."
+        unknown = f"{error.argument_name} {odd}."
     given = {name: value for name, value in vars(found).items() if name != "other"}
     return Demand(**given, vllm=vllm, unknown=unknown or ("" if found.length else "The line has no --max-model-len."))
 
 
-# argparse shows the names of these functions: "invalid whole_number value".
 def whole_number(found: object) -> int:
     """Read a number from 1 to 10**8. A larger size is a mistake."""
     if not str(found).isdecimal() or not 0 < int(str(found)) <= 10**8:
@@ -117,16 +116,10 @@ def whole_number(found: object) -> int:
     return int(str(found))
 
 
-def with_unit(text: str) -> int:
-    """Read bytes as vLLM does: 8G is 8 GiB, and 8g is 8e9."""
-    return int(TOKENS.read(text))
-
-
 def mtp_tokens(text: str) -> int:
     """Return the number of tokens that MTP drafts. Other methods load a second model, whose size is unknown."""
     config = dict(json.loads(text))
-    if config.get("method") != "mtp":
-        raise argparse.ArgumentTypeError("a drafter other than mtp is a second model, whose size is not known")
+    json_field(config, "method", read=("mtp",).index)  # refuses other methods
     return whole_number(config.get("num_speculative_tokens"))
 
 

@@ -61,8 +61,9 @@ def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape | None,
         if folder and (folder / "config.json").is_file():
             file = folder / "config.json"
             config = json.loads(file.read_text())
-        if config is None:
-            raise ValueError("no such file, or no config in it, and the checkpoint here has no config.json")
+        elif config is None:
+            lacks = f"{profile} {'has no config' if profile.is_file() else 'is missing'}"
+            return None, sizes, f"No shape of the model is known: {lacks}, and the checkpoint here has no config.json."
         return read_shape(config), sizes, ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return None, sizes, f"{file} is not understood: {error}."
@@ -142,12 +143,13 @@ class Budget:
 
     @property
     def reservation(self) -> int:
-        """The memory that vLLM must find free at its start, or takes with --kv-cache-memory-bytes if that is more.
+        """The memory that vLLM takes: its share or, with --kv-cache-memory-bytes, the model and that cache.
 
-        That option replaces only the size of the cache (determine_available_memory of v1/worker/gpu_worker.py).
+        By determine_available_memory of v1/worker/gpu_worker.py. Where a part is not known, the larger one counts.
         """
-        given = self.own + self.demand.cache if self.demand.cache else 0
-        return max(self.node.share(self.demand.utilization), given)
+        share = self.node.share(self.demand.utilization)
+        given = self.own + self.demand.cache if self.demand.cache else share
+        return max(share, given) if self.lacking or self.demand.unknown else given
 
     @property
     def cache(self) -> int | None:
@@ -226,11 +228,11 @@ def budget_rows(budget: Budget) -> list[tuple[str, str]]:
             (f"KV cache: {int(times * length):,} tokens, {times:.2f} x {length:,}", in_gib(budget.cache)),
             (f"  of it {length:,} tokens take", in_gib(layout.least(length))),
         ]
-    least = "at least " if budget.demand.cache else ""
+    formula = "" if budget.demand.cache else f": {share:g} x {in_gib(node.device or node.total)}"
     return [
         *((label, in_gib(None if name in budget.lacking else getattr(budget, name))) for name, label in parts.items()),
         *cache,
-        (f"reserved by vLLM: {least}{share:g} x {in_gib(node.device or node.total)}", in_gib(budget.reservation)),
+        (f"reserved by vLLM{formula}", in_gib(budget.reservation)),
         ("server outside it (allowance)", in_gib(budget.outside)),
         ("left for the host", in_gib(None if None in (node.total, node.available) else budget.left)),
     ]
@@ -266,7 +268,7 @@ def memory_budgets(
         why.append(f"{profile} gives no {', '.join(lacking)}.")
     found = list(dict.fromkeys(finding for budget in budgets for finding in memory_findings(budget, settings)))
     if any(why):
-        text = f"The KV cache of {settings.model.name} is not computed. {' '.join(filter(None, why))}"
+        text = f"How many tokens the KV cache holds is not computed. {' '.join(filter(None, why))}"
         if demand.cache and (lacking or demand.unknown):
             text += " With --kv-cache-memory-bytes vLLM takes more where the weights need more."
         found.insert(0, Finding("memory-unknown", text, refuses=False))
@@ -278,7 +280,7 @@ def beyond_limit(settings: ModelSettings, hf_cache: Path | None = None) -> list[
     (shape, _, _), length = read_model(*_figures(settings, hf_cache)), int(settings["MAX_MODEL_LEN"])
     if not shape or not shape.limit or length <= shape.limit:
         return []
-    allowed = "1, so vLLM serves them; the answers may be worse"
+    allowed = "1, so vLLM serves them. The answers may be worse."
     if settings.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
         allowed = f"not 1, so vLLM may refuse to start. Within it: {settings.line(MAX_MODEL_LEN=str(shape.limit))}"
     limit = f"{length:,} tokens are beyond the model's own limit of {shape.limit:,} (max_position_embeddings)"
@@ -310,6 +312,11 @@ def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:
             text = f"{node.name} would keep {budget.left / GIB:.2f} GiB, less than {limit} ({settings[limit]}). "
             found.append(Finding(rule, text + _proposal(budget, settings, max, limit), refuses=rule == "memory-floor"))
             break
+    # request_memory of v1/worker/utils.py wants the share free at the start, however little vLLM takes after that.
+    if not node.device and budget.reservation < (share := node.share(demand.utilization)) > node.available:
+        text = f"At its start vLLM wants {in_gib(share)} GiB free on {node.name}, which has {in_gib(node.available)}. "
+        highest = max((node.available - budget.outside) * 100 // node.total, 1) / 100
+        found.append(Finding("memory-floor", f"{text}Type: {settings.line(GPU_MEM_UTIL=f'{highest:.2f}')}"))
     # Public reports of GB10 with the cache full: vLLM 56824 (NV_ERR_NO_MEMORY), and a load at a tenth of its speed.
     if node.free is not None and node.free < budget.taken <= node.available:
         text = (
@@ -353,6 +360,8 @@ def _proposal(
     For --kv-cache-memory-bytes only the value is returned, because that option stands in SERVE_EXTRA or in the model's
     template. limit: the least that the host must keep. A proposal that keeps MEM_WARN_GIB is preferred.
     """
+    if budget.node.device and choose is max:  # no share of the GPU's own memory gives the host more
+        return f"Type on {budget.node.name}: free -g"
     demand, layout, most = budget.demand, budget.layout, float(settings["GPU_MEM_UTIL_MAX"])
     lowest = budget.own + (max(layout.least(demand.length), budget.sequences * layout.block_bytes) if layout else 1)
     shares = [hundredth / 100 for hundredth in range(1, 101) if hundredth / 100 <= most]

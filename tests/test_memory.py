@@ -196,6 +196,8 @@ def test_a_gpu_with_its_own_memory():
     assert found.reservation / GIB == pytest.approx(0.75 * 79.19) and found.left == 892 * GIB
     assert dict(budget_rows(found))["reserved by vLLM: 0.75 x 79.2"] == "59.4"
     assert rules(node=replace(H100, free=20 * GIB)) == []
+    (short,) = findings(node=replace(H100, available=10 * GIB))  # a lower GPU_MEM_UTIL would not help the host
+    assert short.rule == "memory-floor" and short.text.endswith("(8). Type on an H100: free -g")
 
 
 def test_the_article_at_half_a_million_tokens():
@@ -432,6 +434,7 @@ def test_a_context_beyond_the_models_own_limit_is_said(shell, said):
     """vLLM refuses such a context after its start, unless a variable allows it. The line with the limit is offered."""
     told = beyond_limit(settings(**shell))
     assert len(told) == (said is not None) and all(said in one for one in told)
+    assert shell or told[0].endswith(" is 1, so vLLM serves them. The answers may be worse.")
     if "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in shell:
         assert told[0].endswith("inv launch --model nemotron --max-len 262144")
 
@@ -482,7 +485,7 @@ def test_a_line_is_read_as_vllm_reads_it():
 )
 def test_an_option_that_is_not_computed_is_served_with_a_warning(extra):
     """The warning names the option. What vLLM reserves is known all the same, so the host's floor still refuses."""
-    assert re.search(r"--[a-z]", read_demand([*LINE, *extra.split()]).unknown)
+    assert re.fullmatch(r"--[a-z].+ a value that is not computed\.", read_demand([*LINE, *extra.split()]).unknown)
     asked = settings(SERVE_EXTRA=shlex.join(extra.split()))
     (fits, _), found = memory_budgets(asked, [SPARK, replace(SPARK, available=60 * GIB)], "0.21.0", None)
     assert [(one.rule, one.refuses) for one in found] == [("memory-unknown", False), ("memory-floor", True)]
@@ -497,6 +500,7 @@ def test_an_option_that_is_not_computed_is_served_with_a_warning(extra):
         "--gpu-memory-utilization 1.5",
         "--kv-cache-memory-bytes much",
         "--cpu-offload-gb 8",
+        "--cpu-offload-gb",
     ],
 )
 def test_a_line_whose_reservation_is_not_known_is_refused(extra):
@@ -505,6 +509,14 @@ def test_a_line_whose_reservation_is_not_known_is_refused(extra):
         read_demand([*LINE, *extra.split()])
     budgets, (finding,) = memory_budgets(settings(SERVE_EXTRA=shlex.join(extra.split())), [SPARK], "0.21.0", None)
     assert (budgets, finding.rule, finding.refuses) == ([], "memory-unknown", True)
+    assert "invalid" not in finding.text and "choose" not in finding.text
+
+
+def test_an_option_without_which_the_reservation_is_known_is_named():
+    """The refusal names the option and the setting, in no words of argparse. An offload of 0 is none."""
+    with pytest.raises(CannotKnow, match=r"^--cpu-offload-gb in .+ is not computed\. Take it out of SERVE_EXTRA"):
+        read_demand([*LINE, "--cpu-offload-gb", "4"])
+    assert read_demand([*LINE, "--cpu-offload-gb", "0.0"]) == ARTICLE
 
 
 def test_a_line_without_its_length_is_not_guessed():
@@ -535,7 +547,7 @@ def test_a_cache_of_a_given_size():
     assert read_demand([*LINE, "--kv-cache-memory-bytes", "8G"]) == replace(ARTICLE, cache=8 * GIB)
     found, none = given(8, utilization=0.1)
     assert (found.reservation / GIB, found.left / GIB) == pytest.approx((47.4, 62.0), abs=0.1) and none == []
-    assert dict(budget_rows(found))["reserved by vLLM: at least 0.1 x 121.7"] == "47.4"
+    assert dict(budget_rows(found))["reserved by vLLM"] == "47.4"
     assert found.blocks == 8 * GIB // found.layout.block_bytes
 
 
@@ -553,11 +565,20 @@ def test_a_given_cache_that_is_too_large_or_too_small():
 
 def test_vllms_own_condition_holds_for_a_given_cache():
     """vLLM starts only where GPU_MEM_UTIL of the memory is free, however little it takes then."""
-    found, (finding,) = given(8, utilization=0.89)
-    assert (
-        finding.rule == "memory-floor" and found.reservation == budget(replace(ARTICLE, utilization=0.89)).reservation
-    )
-    assert "Type: GPU_MEM_UTIL=0.80 inv launch" in finding.text and given(8, utilization=0.80)[1] == []
+    found, (finding,) = given(8, utilization=0.97)
+    assert finding.rule == "memory-floor" and finding.refuses and found.left == given(8)[0].left
+    assert "wants 118.0 GiB free on a Spark, which has 117.4. Type: GPU_MEM_UTIL=0.89 inv launch" in finding.text
+    assert given(8, utilization=0.96)[1] == given(8, utilization=0.89)[1] == []
+    own = replace(H100, available=50 * GIB)  # MemAvailable says nothing of a GPU with its own memory
+    assert rules(replace(ARTICLE, utilization=0.97, cache=8 * GIB, sequences=1), own) == []
+
+
+def test_a_small_given_cache_leaves_the_host_the_rest():
+    """qwen-122b with 2 GiB of cache leaves 41 GiB, and no limit that is below them refuses."""
+    shell = {"ENV_FILE": "", "HOME": "/home/operator", "SERVE_EXTRA": "--kv-cache-memory-bytes 2G"}
+    asked = load_settings(find_model("qwen-122b"), shell={**shell, "MEM_FLOOR_GIB": "7"})
+    (known,), found = memory_budgets(asked, [SPARK], "0.21.0", None)
+    assert dict(budget_rows(known))["left for the host"] == "41.0" and found == []
 
 
 # --- A model of which less is known -----------------------------------------------------------------------------------
@@ -572,7 +593,13 @@ def test_a_model_without_a_formula_is_served(tmp_path, kept, monkeypatch):
         (tmp_path / "nemotron/120b.json").write_text(kept)
     _, found = memory_budgets(settings(), [SPARK, replace(SPARK, available=100 * GIB)], "0.21.0", None)
     assert [(one.rule, one.refuses) for one in found] == [("memory-unknown", False), ("memory-floor", True)]
-    assert "120b.json" in found[0].text and "weights_gib, activations_gib, graphs_gib" in found[0].text
+    assert found[0].text.startswith("How many tokens the KV cache holds is not computed. ")
+    lacks = {
+        "{}": "120b.json has no config, and the ",
+        None: "120b.json is missing, and the checkpoint here has no config",
+    }
+    assert lacks.get(kept, "120b.json is not understood: ") in found[0].text
+    assert "weights_gib, activations_gib, graphs_gib" in found[0].text
 
 
 def test_a_given_cache_beside_unknown_weights(tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_a_new_model_of_an_unknown_architecture_is_planned_and_checked(tmp_path,
     plan = copied("-m", "invoke", "plan", "--model", "ursa", KV_CACHE_BYTES="110G")
     assert "\n  --kv-cache-memory-bytes 110G" in plan.stdout and '"method":"eagle3"' in plan.stdout
     assert "\n  ursa/vllm:2" in plan.stdout and "\n  -e URSA_EXPERTS" in plan.stdout
-    assert "WARNING memory-unknown: The KV cache of ursa is not computed" in plan.stderr
+    assert "WARNING memory-unknown: How many tokens the KV cache holds is not computed." in plan.stderr
     assert "WOULD BE REFUSED memory-floor: a Spark would keep" in plan.stderr
 
     def found(gib, experts="fused"):
