@@ -101,7 +101,13 @@ def test_a_worker_is_not_on_the_heads_host(docker):
     assert HERE in said and "inv head" in said and "inv worker on the other node" in said
 
 
-def test_a_worker_does_not_wait_for_a_head_for_ever(docker, ray_port, capfd):
+@pytest.fixture
+def silent(monkeypatch):
+    """No head answers. Nothing is sent to its address, which may be somebody else's here."""
+    monkeypatch.setattr(guards, "port_answers", lambda *_: False)
+
+
+def test_a_worker_does_not_wait_for_a_head_for_ever(docker, ray_port, silent):
     """After WAIT_HEAD_S the message names the address and inv head. `ray start --address` alone would say nothing."""
     said = _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=ELSEWHERE, WAIT_HEAD_S="0")
     assert f"No head answers at {ELSEWHERE}:{ray_port} after 0 s (WAIT_HEAD_S)" in said and "inv head" in said
@@ -185,7 +191,7 @@ def test_an_image_whose_ray_knows_no_tokens_is_refused(version, docker, tmp_path
         ({"CgroupDriver": "cgroupfs"}, False),
     ],
 )
-def test_a_gpu_that_a_daemon_reload_would_take_is_said_beforehand(info, warns, docker, ray_port, capfd):
+def test_a_gpu_that_a_daemon_reload_would_take_is_said_beforehand(info, warns, docker, ray_port, silent, capfd):
     """Head and worker warn where systemd holds the devices of containers, and `--gpus` does not go by CDI."""
     docker.info = info
     _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
