@@ -91,7 +91,7 @@ def loads_here(settings: ModelSettings, head: Container) -> list[Loaded]:
                 nodes = list(load["nodes"].values())
                 cache = min(node["cache"] for node in nodes if "cache" in node)
                 model, graphs = (max(node.get(name, 0) for node in nodes) for name in ("model", "graphs"))
-                sizes = (int(size * GIB) for size in (cache, model, graphs))
+                sizes = (int(float(size) * GIB) for size in (cache, model, graphs))
                 found.append(Loaded(str(load["on"]), float(load["utilization"]), *sizes))
     return found
 
