@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class Node:
 
     def __getitem__(self, fact: str) -> Any:  # noqa: ANN401 - facts are JSON of any form
         told = self.facts.get(fact, {"unknown": self.facts.get("unknown", "the probe did not say")})
-        return Unknown(told["unknown"]) if isinstance(told, dict) and "unknown" in told else told
+        return Unknown(told["unknown"].partition("\n")[0]) if isinstance(told, dict) and "unknown" in told else told
 
     def variable(self, name: str) -> str | None:
         """Return a variable of the container's start. None: it was not set, or could not be asked."""
@@ -113,8 +114,23 @@ def _told(nodes: Sequence[Node], *facts: str) -> list[tuple[Any, ...]]:
     return [row for row in rows if not any(isinstance(fact, Unknown) for fact in row)]
 
 
+def worker_line(settings: Settings, where: str) -> str:
+    """Return the line that brings up a worker, behind the place to type it. `up` belongs on the head."""
+    return f"{'on the head' if settings.typed[0] == 'up' else where}: {settings.line('worker', 'elsewhere')}"
+
+
+def _lines_anew(settings: Settings) -> str:
+    """Return the lines that give every node a new container."""
+    rest = "" if settings.typed[0] == "up" else f"; then {worker_line(settings, 'on every other node')}"
+    return f"here: inv down; then {settings.line('head')}{rest}"
+
+
 def _unknown(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     for node in nodes:
+        if "unknown" in node.facts:  # Ray goes on listing a node that has ended, for some seconds
+            text = f"{node.address} does not answer ({node['host'].reason}). If it was started again just now, wait "
+            yield Finding("nodes", f"{text}15 s and type the same line.")
+            continue
         over_tcp = node.variable("NCCL_IB_DISABLE") == "1"
         for fact, rule in RULE_OF.items():
             if isinstance(told := node[fact], Unknown) and not (over_tcp and rule == "rdma"):
@@ -145,7 +161,8 @@ def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     """Warn of an image without the label of its base, which `inv build-image` writes."""
     for node, image in _told(nodes[:1], "image"):
         if not image.partition(" ")[2]:
-            yield Finding("image", f"Nothing says what the image of {node.address} was made of.", refuses=False)
+            text = f"The image of {node.address} has no label of its base, so two builds of it cannot be compared."
+            yield Finding("image", text, refuses=False)
 
 
 # --- The other rules --------------------------------------------------------------------------------------------------
@@ -154,9 +171,8 @@ def _unbuilt(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
 def _enough(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     have, needed = sorted({node.address for node in nodes if node.ray_gpus >= 1}), settings.world_size()
     if len(have) < needed:
-        again = settings.line("worker", "elsewhere")
-        text = f"The model needs {needed} nodes with a GPU (TP_SIZE times PP_SIZE); Ray has {len(have)}: "
-        yield Finding("nodes", f"{text}{', '.join(have) or 'none'}. On each that is missing: {again}")
+        text = f"The model needs {needed} nodes with a GPU (TP_SIZE times PP_SIZE); Ray has {', '.join(have) or 'none'}"
+        yield Finding("nodes", f"{text}. Type {worker_line(settings, 'on each that is missing')}")
 
 
 def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -164,8 +180,7 @@ def _hosts(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     for node, host in _told(nodes, "host"):
         if (twin := first.setdefault(host, node)) is not node:
             text = f"The worker {node.address} was started on the machine of {twin.address} ({twin.hostname}). "
-            again = settings.line("worker", "elsewhere")
-            yield Finding("hosts", f"{text}End it by Ctrl-C; then type on the other Spark: {again}")
+            yield Finding("hosts", f"{text}End it by Ctrl-C; then type {worker_line(settings, 'on the other Spark')}")
 
 
 def _gpus(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -193,9 +208,8 @@ def _variables(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
             told = ", ".join(f"{address} has {'none' if value is None else value}" for address, value in values.items())
             text = (
                 f"Every container must start with {name}={settings[name]}, because Ray does not pass it to a worker: "
-                f"{told}. Where it differs: Ctrl-C, then {settings.line('head or inv worker')}"
             )
-            yield Finding("variables", text)
+            yield Finding("variables", f"{text}{told}. Type {_lines_anew(settings)}")
 
 
 def _rdma(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
@@ -220,38 +234,41 @@ def _nic_lists(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         vllm, kept = nodes[0]["vllm"], nodes[0]["own_variables"]
         # RayExecutorV2, from 0.21 on, keeps a worker's own value. The older executor overwrites it with the head's,
         # unless the file behind own_variables lists the variable.
-        older = isinstance(vllm, Unknown) or vllm_version(vllm) < (0, 21, 0)
-        overwrites = older and (isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept)
+        overwrites = isinstance(kept, Unknown) or "NCCL_IB_HCA" not in kept
+        with suppress(TypeError, ValueError):  # an unknown version may be an older one
+            overwrites = overwrites and vllm_version(vllm) < (0, 21, 0)
         text = f"NCCL_IB_HCA differs: {', '.join(f'{address} has {value}' for address, value in lists.items())}."
         if overwrites:
-            text += f" vLLM {vllm} would give every worker the head's. Type: {image_line(settings, has=True)}"
+            text += f" A vLLM before 0.21 gives every worker the head's. Type: {image_line(settings, has=True)}"
         yield Finding("nic-lists", text, refuses=overwrites)
 
 
 def _links(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
-    """Every interface in use must be up, with the head's MTU. Fewer devices or an MTU below 9000 bring a warning."""
+    """Every interface in use must be up, with the MTU of its opposite. Fewer devices or a small MTU bring a warning."""
     sides = []
     for node, links, env in _told(nodes, "links", "environment"):
-        sockets = {name for name in env.get("NCCL_SOCKET_IFNAME", "").split(",") if name}
-        data = {device["netdev"] for device in used_devices(node).values() if device} or sockets
-        names = sorted({*data, *sockets, env.get("TP_SOCKET_IFNAME", "")} - {""})
-        used = {name: links.get(name, {"state": "missing"}) for name in names}
-        mtus = sorted({str(link["mtu"]) for link in used.values() if "mtu" in link})
-        sides.append((node.address, " and ".join(mtus) or "none", len(used_devices(node))))
+        devices = [device["netdev"] if device else "" for device in used_devices(node).values()]
+        sockets, control = env.get("NCCL_SOCKET_IFNAME", "").split(","), env.get("TP_SOCKET_IFNAME", "")
+        data = {*devices} - {""} or {*sockets} - {""}
+        used = {name: links.get(name, {"state": "missing"}) for name in sorted({*data, *sockets, control} - {""})}
+        sides.append((node.address, (devices, sockets, [control]), used))
         for name, link in used.items():
             if link["state"] != "up":
-                text = f"{node.address}: {name} is {link['state']}, and NCCL may hang on it. Check the cable; or Ctrl-C"
-                yield Finding("links", f"{text}, then without {name}: {settings.line('head or inv worker')}")
+                text = f"{node.address}: {name} is {link['state']}, and NCCL may hang on it. Check the cable; or set "
+                yield Finding("links", f"{text}DATA_IFS and RDMA_HCAS without it; then type {_lines_anew(settings)}")
         if small := [f"{name} has {used[name]['mtu']}" for name in sorted(data) if used[name].get("mtu", 9000) < 9000]:
             text = f"{node.address}: an MTU below 9000 costs much of the rate: {', '.join(small)}. On every node: "
             yield Finding("mtu", f"{text}sudo ip link set NAME mtu 9000; and in netplan: mtu: 9000", refuses=False)
-    for address, mtu, count in sides[1:]:
-        head, its_mtu, its_count = sides[0]
-        if mtu != its_mtu:
-            text = f"The MTU differs: {head} has {its_mtu}, {address} has {mtu}. Type on one: "
-            yield Finding("mtu", f"{text}sudo ip link set NAME mtu 9000")
-        if count != its_count:
-            text = f"{head} uses {its_count} RoCE devices, {address} {count}. The fewer devices set the rate."
+    for address, lists, used in sides[1:]:
+        head, its_lists, its_used = sides[0]
+        pairs = [pair for both in zip(its_lists, lists, strict=True) for pair in zip(*both, strict=False)]
+        for ours, theirs in dict.fromkeys(pairs):
+            here, there = its_used.get(ours, {}).get("mtu"), used.get(theirs, {}).get("mtu")
+            if here and there and here != there:
+                text = f"The MTU differs: {ours} of {head} has {here}, {theirs} of {address} has {there}. Type on one: "
+                yield Finding("mtu", f"{text}sudo ip link set NAME mtu 9000")
+        if len(lists[0]) != len(its_lists[0]):
+            text = f"{head} uses {len(its_lists[0])} RoCE devices, {address} {len(lists[0])}. The fewer set the rate."
             yield Finding("link-count", text, refuses=False)
 
 
@@ -295,4 +312,4 @@ def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
     if "none" in types.values() or len({*types.values()}) > 1:
         told = ", ".join(place.format(kind) for place, kind in types.items())
         text = f"NCCL_IB_GID_INDEX names no GID, or GIDs of two types: {told}. Take it out of .env, so that NCCL "
-        yield Finding("gid", f"{text}chooses; then Ctrl-C, and {settings.line('head or inv worker')}")
+        yield Finding("gid", f"{text}chooses; then type {_lines_anew(settings)}")

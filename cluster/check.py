@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster.agreement import Node, ask_nodes, find_disagreements
+from cluster.agreement import Node, ask_nodes, find_disagreements, worker_line
 from cluster.command import say
 from cluster.fabric import ask_fabric, fabric_findings, fabric_summary, link_rate
 from cluster.finding import Finding
@@ -57,7 +57,7 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
         settle()
     nodes = ask_nodes(head, settings.forward)
     found = [*lacking, *find_disagreements(nodes, settings)]
-    memory = [node_memory(node) for node in nodes]
+    memory = [node_memory(node) for node in nodes if "unknown" not in node.facts]  # the rule `nodes` refuses that one
     budgets: Sequence[Budget] = ()
     keep_readings(settings)  # of a detached launch, which nobody has followed
     if server and server.alive:
@@ -85,7 +85,7 @@ def foresee(settings: ModelSettings) -> Inspection:
 def proved(found: Inspection, head: Container) -> Inspection:
     """Add the result of an all-reduce between the nodes. Raises Exit if Ray could not be asked."""
     ranks, links = ask_fabric(head), link_rate(found.nodes)
-    findings = [*found.findings, *fabric_findings(ranks, links)]
+    findings = [*found.findings, *fabric_findings(ranks, links, worker_line(found.settings, "on the other node"))]
     return replace(found, findings=findings, said=[*found.said, *fabric_summary(ranks, links)])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from invoke import Exit
 
@@ -51,6 +51,11 @@ def client(seconds: float = 30) -> DockerClient:
     host = os.environ.get("DOCKER_HOST")
     with _or_exit(f"Docker cannot be reached at {host} (DOCKER_HOST)" if host else "Docker cannot be reached"):
         return docker.from_env(timeout=seconds)
+
+
+def engine_info() -> dict[str, Any]:
+    with _or_exit("Docker could not describe itself"):
+        return client().info()
 
 
 def our_containers(seconds: float = 30) -> list[Container]:

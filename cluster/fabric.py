@@ -150,13 +150,13 @@ def fabric_summary(ranks: Sequence[Rank], links: float = 0) -> list[str]:
     return said
 
 
-def fabric_findings(ranks: Sequence[Rank], links: float = 0) -> list[Finding]:
+def fabric_findings(ranks: Sequence[Rank], links: float = 0, worker: str = "inv worker") -> list[Finding]:
     """Return everything that is wrong, under the rule `fabric`. What only makes the model slow is a warning.
 
-    links: as link_rate.
+    links: as link_rate. worker: where to type a worker's line, and the line.
     """
     if len(ranks) < 2:
-        return [Finding("fabric", "Ray has one node, so there is no fabric to prove. On the other node: inv worker")]
+        return [Finding("fabric", f"Ray has one node, so there is no fabric to prove. Type {worker}")]
     found = []
     for rank in ranks:
         on_rdma, refuses = rank.backend == "nccl" and rank.hcas, True

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 def before_head(settings: Settings, net: Network) -> None:
     """Refuse a head that is not at HEAD_NODE_IP, that lacks the image, or whose container name or port is taken."""
-    address = settings["HEAD_NODE_IP"]
-    if not is_own_address(address):
+    if not is_own_address(address := settings["HEAD_NODE_IP"]):
         where = "on the head" if settings.typed[0] == "up" else "here"
         raise Exit(
             f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is no address of this host, so this "
@@ -46,11 +45,10 @@ def before_head(settings: Settings, net: Network) -> None:
 
 def before_worker(settings: Settings, net: Network) -> None:
     """Refuse a worker on the head's host, or whose image or container name is not ready. Wait for the head."""
-    address = settings["HEAD_NODE_IP"]
-    if is_own_address(address):
+    if is_own_address(address := settings["HEAD_NODE_IP"]):
         raise Exit(
             f"HEAD_NODE_IP ({settings.origin('HEAD_NODE_IP')}) is {address}, which is this host, and both ranks would "
-            f"share one Spark. Type {settings.line('head')} here, and inv worker on the other node."
+            f"be on it. Type here: {settings.line('head')}; on the other node: {settings.line('worker', 'elsewhere')}"
         )
     if not is_own_address(net.address):
         raise Exit(
@@ -65,15 +63,12 @@ def _check_docker(settings: Settings) -> None:
     name, origin = settings["VLLM_IMAGE"], settings.origin("VLLM_IMAGE")
     for one in engine.our_containers():
         raise Exit(f"A {one.name} is here already ({one.status}, {engine.container_age(one)} old). Type: inv cleanup")
-    labels = engine.image_labels(name)
-    if labels is None:
+    if (labels := engine.image_labels(name)) is None:
         raise Exit(f"Docker has no image {name} ({origin}). Type: {image.image_line(settings, has=False)}")
-    ray_version = labels.get("ray.version") or image.ask_ray_version(name)
-    if not ray_version:
+    if not (ray_version := labels.get("ray.version") or image.ask_ray_version(name)):
         raise Exit(f"{name} ({origin}) has no Ray. Type: {image.image_line(settings, has=True)}")
-    say(*gpu_notes(engine.client().info()))
-    token = token_file(settings)
-    if token is None:
+    say(*gpu_notes(engine.engine_info()))
+    if (token := token_file(settings)) is None:
         say(f"Warning: without a token Ray runs code for anyone who reaches port {RAY_PORT}. To close it: inv token")
     elif [int(number) for number in re.findall(r"\d+", ray_version)[:2]] < [2, 52]:  # by Ray's documentation
         raise Exit(
@@ -130,8 +125,7 @@ def required_values(settings: ModelSettings) -> None:
 
 def ray_answers(settings: Settings) -> None:
     """Refuse if Ray's port does not answer. A question to Ray itself would then wait for minutes."""
-    address = settings["HEAD_NODE_IP"]
-    if not port_answers(address, RAY_PORT):
+    if not port_answers(address := settings["HEAD_NODE_IP"], RAY_PORT):
         raise Exit(f"Ray does not answer at {address}:{RAY_PORT}. Read its terminal or log; then type: inv cleanup")
 
 
@@ -161,8 +155,7 @@ def _check_variables(settings: ModelSettings, head: Container) -> None:
 
 def running_node(next_step: str) -> Container:
     """Return the node's container if it runs. next_step: the end of the message if there is none."""
-    found = engine.node_container()
-    if found is None:
+    if (found := engine.node_container()) is None:
         raise Exit(f"No {CONTAINER} runs on this node. {next_step}")
     if found.status != "running":
         raise Exit(f"{CONTAINER} is here but {found.status}. Type: inv cleanup")
@@ -175,8 +168,7 @@ def the_head(settings: Settings) -> Container:
     is_head(found)
     if server.is_earlier(found):
         raise Exit(server.EARLIER)
-    runs = engine.container_image(found)
-    if runs != settings["VLLM_IMAGE"]:
+    if (runs := engine.container_image(found)) != settings["VLLM_IMAGE"]:
         say(f"Warning: {CONTAINER} runs {runs}, but this model uses {settings['VLLM_IMAGE']}.")
     return found
 

@@ -127,5 +127,5 @@ def read_values(file: Path) -> dict[str, str]:
         # The second line of a key in base64 may have + and /, and ends in =. A backslash does not join two lines.
         value = binding.value if re.fullmatch(r"[A-Za-z_]\w*", binding.key or "_", re.ASCII) else None
         if binding.error or (binding.key and (value in (None, "=") or value.endswith("\\"))):
-            raise Exit(f"{file_label(file)}, line {binding.original.line}: expected NAME=value.")
+            raise Exit(f"{file_label(file)}, line {binding.original.line}: expected NAME=value, with closed quotes.")
     return {binding.key: binding.value or "" for binding in bindings if binding.key}

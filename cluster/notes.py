@@ -76,7 +76,7 @@ def gpu_notes(engine: Mapping[str, Any]) -> Iterator[str]:
     version = [int(number) for number in re.findall(r"\d+", engine.get("ServerVersion", ""))]
     if engine.get("CgroupDriver") == "systemd" and not (by_cdi and version >= [29, 2]):
         yield (
-            "Warning: `systemctl daemon-reload`, which updates of this host type too, takes the GPU from a running "
+            "Warning: `systemctl daemon-reload`, which unattended upgrades run too, takes the GPU from a running "
             'container. Once: set "exec-opts": ["native.cgroupdriver=cgroupfs"] in /etc/docker/daemon.json, then type: '
             "sudo systemctl restart docker; or use CDI (docs/systemd.md)."
         )
@@ -109,5 +109,6 @@ def in_a_sentence(error: Exception) -> str | None:
         return f"A file or the terminal is not in UTF-8: {error}. Type: unset PYTHONIOENCODING; export LC_ALL=C.UTF-8"
     if not isinstance(error, OSError):
         return None
-    look = f"namei -l {shlex.quote(str(error.filename))}" if error.filename else "df -h"
+    connection = isinstance(error, ConnectionError) or not error.errno  # the errors of requests have no number
+    look = "docker ps" if connection else f"namei -l {shlex.quote(str(error.filename))}" if error.filename else "df -h"
     return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}. Type: {look}"

@@ -26,6 +26,7 @@ HIDDEN = (*SECRETS, "WATCH_HOOK")
 NEVER_SHOWN = (*HIDDEN, "SERVE_EXTRA")
 # These belong to one node. `up` does not pass them on.
 OF_ONE_NODE = (
+    "ENV_FILE",
     *("VLLM_HOST_IP", "NCCL_IB_GID_INDEX", "SYSFS", "CACHE_DIR", "HF_CACHE", "RAY_AUTH_TOKEN_PATH", "WORKER_HOSTS"),
     *("REPO_DIR", "REHEARSAL_DIR", "WATCH_INTERVAL_S", "WATCH_FAILURES", "WATCH_HOOK", "WATCH_COOLDOWN_S", "WATCH_MAX"),
 )
@@ -217,11 +218,8 @@ class Settings(Mapping[str, str]):
     def handed_on(self) -> dict[str, str]:
         """Return what the shell and the flags set, for another node: no secret, and nothing of this node alone."""
         stays = (*SECRETS, *OF_ONE_NODE, "HEAD_NODE_IP")
-        return {
-            name: setting.text
-            for name, setting in sorted(self.found.items())
-            if is_operators(setting.origin) and not setting.origin.endswith(".env") and name not in stays
-        }
+        given = [name for name in sorted(self) if re.match("shell$|flag ", self.origin(name)) and name not in stays]
+        return {name: self.found[name].text for name in given}
 
     def public(self) -> dict[str, str]:
         """Return all settings but the secrets, for templates."""
@@ -280,7 +278,7 @@ def load_settings(
     profiles = _profiles(model) if model else {}
     sources = {**given, "shell": shell, **site, **profiles, "default": defaults}
 
-    knobs = model.knobs if model else frozenset()
+    knobs = (model.knobs if model else frozenset()) | {"ENV_FILE"} & shell.keys()  # so a remedy reads the same file
     found = {name: setting for name in sorted(knobs | CORE.keys()) if (setting := _find(name, sources, form(name)))}
     if model and (lacking := sorted(knobs - found.keys())):
         raise Exit(f"{model.folder}/{model.size}.env lacks {', '.join(lacking)}, which {model.serve} uses.")
@@ -289,9 +287,10 @@ def load_settings(
     forward = {name: found[setting]._replace(origin=setting) for name, setting in EVERY_CONTAINER.items()}
     forward |= {name: setting for name, setting in listed.items() if setting and setting.value}
     empty = [name for name in listed if name not in forward]
-    notes = [f"VLLM_FORWARD_VARS lists {name}, which is unset or empty: no container gets it." for name in empty]
     of_profile = " ".join(values.get("VLLM_FORWARD_VARS", "") for values in profiles.values()).split()
     of_model = tuple(name for name in empty if name in of_profile)
+    text = "VLLM_FORWARD_VARS lists {}, which is unset or empty: no container gets it{}."
+    notes = [text.format(name, ", and launch refuses this" * (name in of_model)) for name in empty]
     settings = Settings({**forward, **found}, model, tuple(forward), of_model, tuple(notes))
     return _with_model(settings, model) if model else settings
 
@@ -345,7 +344,7 @@ def _check_limits(found: Mapping[str, Setting]) -> None:
     abort, floor, warn = (Decimal(limit.value) for limit in limits.values())
     if floor > warn or (abort and abort >= floor):
         told = ", ".join(f"{name} is {limit.value} ({limit.origin})" for name, limit in limits.items())
-        raise Exit(f"{told}. The first must be below the second or 0, and the second must not be above the third.")
+        raise Exit(f"{told}. MEM_ABORT_GIB must be below MEM_FLOOR_GIB (or 0), and MEM_FLOOR_GIB at most MEM_WARN_GIB.")
 
 
 def _with_model(settings: Settings, model: Model) -> ModelSettings:
@@ -353,9 +352,10 @@ def _with_model(settings: Settings, model: Model) -> ModelSettings:
     allocator = "PYTORCH_CUDA_ALLOC_CONF"
     words = words_of(render(model.serve, hf_cache="", **settings.public()))
     connector = [word for word in words if re.match("--kv[-_](transfer[-_]config|offloading[-_]size)", word)]
-    if connector and settings.origin(allocator) == "default":
-        note = f"{allocator} is empty, because vLLM refuses {settings[allocator]} beside {connector[0]}."
-        settings = replace(settings.emptied([allocator], "KV connector"), notes=(*settings.notes, note))
+    if connector and "expandable_segments:True" in (value := settings[allocator]):
+        ours = settings.origin(allocator) == "default"
+        note = f"{allocator} {'is' if ours else 'must be'} empty, because vLLM refuses {value} beside {connector[0]}."
+        settings = replace(settings.emptied([allocator] * ours, "KV connector"), notes=(*settings.notes, note))
     return ModelSettings(**vars(settings))
 
 

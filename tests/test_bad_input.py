@@ -83,6 +83,8 @@ def test_an_option_without_a_value_of_a_knob_may_be_added(extra, inv):
     [
         (PermissionError(13, "Permission denied", "/a b"), "/a b: Permission denied. Type: namei -l '/a b'"),
         (OSError(28, "No space left on device"), "No space left on device. Type: df -h"),
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused. Type: docker ps"),
+        (OSError("Connection aborted"), "Connection aborted. Type: docker ps"),
         (UnicodeEncodeError("ascii", "é", 0, 1, "no"), "A file or the terminal is not in UTF-8: 'ascii' codec"),
         (
             UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
@@ -149,7 +151,7 @@ def test_a_secret_that_goes_on_in_the_next_line_is_refused(tail, inv, env_file):
     """Only the number of the line is said, because the line is a part of the secret."""
     env_file.write_text(f"VLLM_API_KEY=QUJDREVGR0hJSktM\n{tail}\n")
     said = inv("--dry head")
-    assert said.code and said.err == f"{env_file}, line 2: expected NAME=value."
+    assert said.code and said.err == f"{env_file}, line 2: expected NAME=value, with closed quotes."
 
 
 def test_a_name_without_a_value_that_nothing_knows_is_not_shown(inv, env_file):

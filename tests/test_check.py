@@ -61,6 +61,14 @@ def test_the_memory_of_a_model_that_does_not_fit_is_refused(inspected, server):
     assert [head[name] / GIB for name in ("available", "free", "cached", "swap")] == [20, 13, 7, 4]
 
 
+def test_the_memory_of_a_node_that_does_not_answer_is_not_judged(inspected, operator):
+    """The rule `nodes` refuses that node. Its memory would bring a second finding."""
+    nodes = [Node("10.0.0.1", "spark-1", 1, FACTS), Node("10.0.0.2", "spark-2", 1, {"unknown": "ActorDiedError: it"})]
+    operator.setattr(check, "ask_nodes", lambda *_: nodes)
+    found = inspected(None)
+    assert [one.rule for one in found.findings if one.refuses] == ["memory-floor"] and len(found.budgets) == 1
+
+
 GPUS = [([{"memory": 5}], 5), ([{"memory": None}], None), ([], None), ({"unknown": "x"}, None)]
 
 

@@ -225,7 +225,9 @@ def test_a_rank_that_hangs_tells_its_transport_and_the_cause():
 def test_one_node_has_no_fabric():
     """One node proves nothing, so it is refused."""
     (one,) = fabric_findings((HEAD,))
-    assert one.refuses and "inv worker" in one.text
+    assert one.refuses and one.text.endswith("Type inv worker")
+    (one,) = fabric_findings((HEAD,), 0, "on the other node: PORT=1 inv worker --model nemotron")
+    assert one.text.endswith("Type on the other node: PORT=1 inv worker --model nemotron")
 
 
 def test_the_containers_answer_becomes_ranks(monkeypatch):

@@ -65,7 +65,10 @@ def test_expandable_segments_are_dropped_beside_a_kv_connector(inv, option):
         assert _exports(said.out)["PYTORCH_CUDA_ALLOC_CONF"] == ""
         assert "PYTORCH_CUDA_ALLOC_CONF is empty, because vLLM refuses expandable_segments:True beside --kv" in said.err
     own = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert _exports(inv(line, SERVE_EXTRA=option, **own).out).items() >= own.items()
+    said = inv(line, SERVE_EXTRA=option, **own)
+    assert _exports(said.out).items() >= own.items()
+    assert "CONF must be empty, because vLLM refuses expandable_segments:True beside --kv" in said.err
+    assert "must be empty" not in inv(line, **own).err
 
 
 def test_qwen_forwards_nothing(forwarded):
@@ -95,7 +98,7 @@ def test_a_profiles_variable_emptied_by_the_operator_is_reported(forwarded):
     """An empty value takes a profile's variable away, and a note says so."""
     values, err = forwarded("--model nemotron", VLLM_NVFP4_GEMM_BACKEND="")
     assert list(values) == NEMOTRON[1:]
-    assert "lists VLLM_NVFP4_GEMM_BACKEND, which is unset or empty" in err
+    assert "which is unset or empty: no container gets it, and launch refuses this." in err
 
 
 UNFIT = {

@@ -83,9 +83,9 @@ def test_a_head_is_where_its_address_is(docker):
     """If HEAD_NODE_IP is no address of this host, this node is a worker: the message has its line."""
     said = _refused(guards.before_head, AT_HOME, model="nemotron", HEAD_NODE_IP=ELSEWHERE, RDMA_HCAS="")
     assert f"HEAD_NODE_IP (shell) is {ELSEWHERE}" in said and "so this node is a worker." in said
-    assert f"Type here: HEAD_NODE_IP={ELSEWHERE} RDMA_HCAS= inv worker --model nemotron." in said
+    assert f"Type here: ENV_FILE= HEAD_NODE_IP={ELSEWHERE} RDMA_HCAS= inv worker --model nemotron." in said
     up = replace(load_settings(find_model("nemotron"), {}, {"ENV_FILE": "", "HEAD_NODE_IP": ELSEWHERE}), typed=("up",))
-    with pytest.raises(Exit, match=rf"Type on the head: HEAD_NODE_IP={ELSEWHERE} inv up --model nemotron\."):
+    with pytest.raises(Exit, match=rf"Type on the head: ENV_FILE= HEAD_NODE_IP={ELSEWHERE} inv up --model nemotron\."):
         guards.before_head(up, AT_HOME)
 
 
@@ -97,8 +97,9 @@ def test_a_head_uses_the_address_that_workers_dial(docker):
 
 def test_a_worker_is_not_on_the_heads_host(docker):
     """A worker on the head's host is refused: Ray would count two nodes on one Spark."""
-    said = _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=HERE)
-    assert HERE in said and "inv head" in said and "inv worker on the other node" in said
+    said = _refused(guards.before_worker, AT_HOME, model="nemotron", HEAD_NODE_IP=HERE, VLLM_IMAGE="mine:1")
+    before, model = f"HEAD_NODE_IP={HERE} VLLM_IMAGE=mine:1 inv", "--model nemotron"
+    assert f"Type here: ENV_FILE= {before} head {model}; on the other node: {before} worker {model}" in said
 
 
 @pytest.fixture
@@ -197,6 +198,7 @@ def test_a_gpu_that_a_daemon_reload_would_take_is_said_beforehand(info, warns, d
     _refused(guards.before_head, AT_HOME, HEAD_NODE_IP=HERE)
     _refused(guards.before_worker, AT_HOME, HEAD_NODE_IP=ELSEWHERE, WAIT_HEAD_S="0")
     said = capfd.readouterr().err
+    assert said.count("which unattended upgrades run too") == 2 * warns
     assert said.count("Warning: `systemctl daemon-reload`") == said.count("native.cgroupdriver=cgroupfs") == 2 * warns
 
 
@@ -222,7 +224,8 @@ EARLIER.attrs["Config"]["Env"].remove("NODE_RAY_REPOSITORY=0a")
     [
         (
             None,
-            f"No node-ray runs on this node. Type: HEAD_NODE_IP={HERE} HOST={HERE} PORT=1 inv head --model nemotron",
+            "No node-ray runs on this node. Type: "
+            f"ENV_FILE= HEAD_NODE_IP={HERE} HOST={HERE} PORT=1 inv head --model nemotron",
         ),
         (Container(status="exited"), "node-ray is here but exited. Type: inv cleanup"),
         (
@@ -337,10 +340,11 @@ def test_cleanup_asks(typed, removed, docker, capfd, operator):
     ("asked", "error"),
     [
         (engine.our_containers, APIError("500 Server Error")),
+        (engine.engine_info, APIError("500 Server Error")),
         (lambda: engine.image_labels("an image"), JSONDecodeError("Expecting value", "", 0)),
         (engine.our_containers, TypeError("'NoneType' object is not subscriptable")),
     ],
-    ids=["containers", "labels", "another form"],
+    ids=["containers", "info", "labels", "another form"],
 )
 def test_an_error_of_docker_is_a_sentence(asked, error, operator):
     """An Engine that answers with an error ends in one sentence with what to type."""
@@ -349,7 +353,7 @@ def test_an_error_of_docker_is_a_sentence(asked, error, operator):
         raise error
 
     ill = SimpleNamespace(list=fails, get=fails)
-    operator.setattr(engine, "client", lambda *_: SimpleNamespace(containers=ill, images=ill))
+    operator.setattr(engine, "client", lambda *_: SimpleNamespace(containers=ill, images=ill, info=fails))
     with pytest.raises(Exit, match=r"^Docker could not .*\. Type: docker ps$"):
         asked()
 

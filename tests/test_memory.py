@@ -373,7 +373,9 @@ def test_a_step_that_holds_no_cache_block_is_refused(shell, vllm, expected):
     texts = [one.text for one in memory_budgets(asked, [SPARK] * 2, vllm, None)[1] if one.rule == "memory-batched"]
     assert len(texts) == bool(expected)
     for text in texts:
-        assert expected in text and text.endswith("Type: MAX_NUM_BATCHED_TOKENS=4096 inv launch --model qwen-122b")
+        assert expected in text and text.endswith(
+            "Type: ENV_FILE= MAX_NUM_BATCHED_TOKENS=4096 inv launch --model qwen-122b"
+        )
 
 
 def test_a_drafter_and_prefix_caching_on_a_big_gpu():
@@ -567,7 +569,9 @@ def test_vllms_own_condition_holds_for_a_given_cache():
     """vLLM starts only where GPU_MEM_UTIL of the memory is free, however little it takes then."""
     found, (finding,) = given(8, utilization=0.97)
     assert finding.rule == "memory-floor" and finding.refuses and found.left == given(8)[0].left
-    assert "wants 118.0 GiB free on a Spark, which has 117.4. Type: GPU_MEM_UTIL=0.89 inv launch" in finding.text
+    assert (
+        "wants 118.0 GiB free on a Spark, which has 117.4. Type: ENV_FILE= GPU_MEM_UTIL=0.89 inv launch" in finding.text
+    )
     assert given(8, utilization=0.96)[1] == given(8, utilization=0.89)[1] == []
     own = replace(H100, available=50 * GIB)  # MemAvailable says nothing of a GPU with its own memory
     assert rules(replace(ARTICLE, utilization=0.97, cache=8 * GIB, sequences=1), own) == []

@@ -61,7 +61,7 @@ def test_by_default_each_is_refused_with_its_knob():
     assert asked.emptied == set() and len(texts) == 5
     assert all("vLLM 0.11.0" in text and "IMAGE_GATES=auto inv launch --model nemotron" in text for text in texts)
     typed = {f"{name}={value}" for name, value in FALLBACK.items()}
-    assert {text.partition("Type: ")[2].partition(" inv")[0] for text in texts} == typed
+    assert {text.partition("Type: ENV_FILE= ")[2].partition(" inv")[0] for text in texts} == typed
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])

@@ -29,6 +29,7 @@ HOSTILE = {
     "SERVE_EXTRA": "--x 'a b'",
 }
 OWN = {
+    "ENV_FILE": "",
     "VLLM_HOST_IP": "10.0.0.1",
     "NCCL_IB_GID_INDEX": "3",
     "SYSFS": "/sys",

@@ -3,6 +3,7 @@
 import copy
 import runpy
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,8 @@ FACTS = {
     "cgroup driver": "cgroupfs",
 }
 
+NODE_2 = FACTS | {"host": "boot/2"}
+
 
 @pytest.fixture
 def found(operator):
@@ -90,7 +93,7 @@ def test_an_image_that_nobody_here_built_is_a_warning(found, operator):
     assert (warning.rule, warning.refuses) == (
         "image",
         False,
-    ) and "Nothing says what the image of 10.0.0.1 was made of" in warning.text
+    ) and "The image of 10.0.0.1 has no label of its base, so two" in warning.text
 
 
 def test_nodes_that_agree_have_no_finding(found):
@@ -117,8 +120,8 @@ def test_nodes_that_agree_have_no_finding(found):
         ("network", "10.0.0.2 in 10.0.9.0/24", {"network": "10.0.9.0/24"}),
         ("links", "10.0.0.2: enp1s0f0np0 is down", {
             "links": FACTS["links"] | {"enp1s0f0np0": {"state": "down", "mtu": 9000}}}),
-        ("mtu", "10.0.0.2 has 1500", {"links": {name: {"state": "up", "mtu": 1500} for name in FACTS["links"]}}),
-        ("mtu", "10.0.0.2 has 1500 and 9000", {
+        ("mtu", "of 10.0.0.2 has 1500", {"links": {name: {"state": "up", "mtu": 1500} for name in FACTS["links"]}}),
+        ("mtu", "enp1s0f0np0 of 10.0.0.1 has 9000, enp1s0f0np0 of 10.0.0.2 has 1500", {
             "links": FACTS["links"] | {"enp1s0f0np0": {"state": "up", "mtu": 1500}}}),
         ("token", "10.0.0.1 has none, 10.0.0.2 has hmac:1", {"token": "hmac:1"}),
         ("subnets", "rocep1s0f0 (enp1s0f0np0, 10.0.1.0/24) of 10.0.0.1 with rocep1s0f0 (enp1s0f0np0, None) of", {
@@ -234,6 +237,51 @@ def test_a_node_that_does_not_answer_at_all_is_refused(found):
     assert all("silent" in one.text for one in found(**{fact: {"unknown": "silent"} for fact in FACTS}) if one.refuses)
 
 
+def test_a_node_without_any_fact_is_one_finding(operator):
+    """Ray lists a node that has ended for some seconds. The first line of Ray's reason is enough."""
+    operator.setattr(agreement, "repository_digest", lambda: FACTS["repository"])
+    silent = {"unknown": "ActorDiedError: The actor died.\n\tclass_name: Asker"}
+    nodes = [Node("10.0.0.1", "spark-1", 1, FACTS), *(Node("10.0.0.2", "b", 1, facts) for facts in (silent, NODE_2))]
+    (said,) = find_disagreements(nodes, load_settings(find_model("nemotron"), shell={"ENV_FILE": ""}))
+    assert (said.rule, said.refuses) == ("nodes", True) and said.text == (
+        "10.0.0.2 does not answer (ActorDiedError: The actor died.). If it was started again just now, wait 15 s and "
+        "type the same line."
+    )
+
+
+def test_the_mtu_is_compared_device_by_device(found, operator):
+    """Both nodes have 9000 and 1500, but the first devices, which NCCL connects, differ. So do the second ones."""
+    small, large = {"state": "up", "mtu": 1500}, {"state": "up", "mtu": 9000}
+    operator.setitem(FACTS["links"], "enp1s0f1np1", small)
+    said = [one.text for one in found(links={"enp1s0f0np0": small, "enp1s0f1np1": large}) if one.refuses]
+    assert ["enp1s0f0np0 of 10.0.0.1 has 9000, enp1s0f0np0 of 10.0.0.2 has 1500" in said[0], len(said)] == [True, 2]
+
+
+LINE = "ENV_FILE= PORT=1 inv {} --model nemotron"
+
+
+@pytest.mark.parametrize(
+    ("typed", "anew", "missing"),
+    [
+        (
+            "launch",
+            f"Type here: inv down; then {LINE.format('head')}; then on every other node: "
+            "PORT=1 inv worker --model nemotron",
+            "Type on each that is missing: PORT=1 inv worker --model nemotron",
+        ),
+        ("up", f"Type here: inv down; then {LINE.format('up')}", f"Type on the head: {LINE.format('up')}"),
+    ],
+)
+def test_a_remedy_has_whole_lines_and_the_place_of_each(typed, anew, missing, operator):
+    """Head and worker have a line each. After an `up` the remedy is `up`, which belongs on the head."""
+    operator.setattr(agreement, "repository_digest", lambda: FACTS["repository"])
+    other = NODE_2 | {"environment": ENV | {"VLLM_NVFP4_GEMM_BACKEND": "cutlass"}}
+    nodes = [Node("10.0.0.1", "spark-1", 1, FACTS), Node("10.0.0.2", "spark-2", 0, other)]
+    settings = load_settings(find_model("nemotron"), shell={"ENV_FILE": "", "PORT": "1"})
+    texts = {one.rule: one.text for one in find_disagreements(nodes, replace(settings, typed=(typed,)))}
+    assert texts["variables"].endswith(anew) and texts["nodes"].endswith(missing)
+
+
 def test_another_build_of_one_base_is_a_warning(found):
     """The warning has the line that copies the head's image."""
     (said,) = found(image="sha256:cc base@sha256:bb")
@@ -256,7 +304,8 @@ def test_two_workers_on_one_machine_are_found_too(operator):
 
 
 @pytest.mark.parametrize(
-    ("vllm", "kept", "refused"), [("0.21.0", [], 0), ("0.20.1", [], 1), ("0.20.1", ["NCCL_IB_HCA"], 0)]
+    ("vllm", "kept", "refused"),
+    [("0.21.0", [], 0), ("0.20.1", [], 1), ("0.20.1", ["NCCL_IB_HCA"], 0), ("dev", [], 1), ("dev", ["NCCL_IB_HCA"], 0)],
 )
 def test_lists_of_devices_that_differ(found, operator, vllm, kept, refused):
     """From vLLM 0.21 on each node keeps its own list. An earlier vLLM needs a file that names the variable."""
@@ -285,7 +334,7 @@ def test_a_node_of_another_version_is_a_warning(found, digest, told):
     """All that decides how the nodes run is compared by itself, so another version alone refuses nothing."""
     (said,) = found(repository=digest)
     assert said.rule == "wrapper" and not said.refuses
-    assert f"started 10.0.0.2 ({told}). In both" in said.text and "inv down; then inv up" in said.text
+    assert f"started 10.0.0.2 ({told}). In both" in said.text and "inv down; then ENV_FILE= inv up" in said.text
 
 
 def test_a_checkout_that_has_changed_since_the_start_is_a_warning(found, operator):

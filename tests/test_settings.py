@@ -59,6 +59,7 @@ def test_a_setting_of_the_operator_is_shown_with_its_origin(inv, env_file):
     env_file.write_text("PORT=8001\nMOE_BACKEND=\nHF_TOKEN=hf_marker\n")
     err = inv("--dry launch --model nemotron --max-len 256k", SYSFS="/sys", SERVED_NAME="mine").err
     assert err.splitlines() == [
+        f"ENV_FILE = {env_file} (shell)",
         "HF_TOKEN set (.env)",
         "MAX_MODEL_LEN = 256000 (flag --max-len)",
         "MOE_BACKEND = (empty) (.env)",
@@ -210,7 +211,9 @@ def test_more_memory_than_the_host_can_give_is_refused(settle):
 @pytest.mark.parametrize(("abort", "floor", "warn"), [("5", "5", "12"), ("4", "13", "12"), ("6", "0", "12")])
 def test_limits_of_memory_in_the_wrong_order_are_refused(abort, floor, warn, settle):
     """A guard at the floor would end what a launch allows. A MEM_ABORT_GIB of 0 means no guard."""
-    with pytest.raises(Exit, match=rf"^MEM_ABORT_GIB is {abort} \(shell\), .* below the second or 0"):
+    with pytest.raises(
+        Exit, match=rf"^MEM_ABORT_GIB is {abort} \(shell\), .* MEM_ABORT_GIB must be below MEM_FLOOR_GIB \(or 0\)"
+    ):
         settle(MEM_ABORT_GIB=abort, MEM_FLOOR_GIB=floor, MEM_WARN_GIB=warn)
     assert settle(MEM_ABORT_GIB="0", MEM_FLOOR_GIB="0", MEM_WARN_GIB="0")["MEM_FLOOR_GIB"] == "0"
 
@@ -245,7 +248,7 @@ def test_a_remedy_repeats_what_was_typed(task, typed, env_file):
     task, own = task.split()
     line = f"{task} --model nemotron --max-len 256K --allow memory-low {own}"
     found = typed(line, SERVED_NAME="a b", GPU_MEM_UTIL="0.8", **KEYS)
-    before = "GPU_MEM_UTIL={} " + BEFORE.replace(" SYSFS", " SERVED_NAME='a b' SYSFS")
+    before = f"ENV_FILE={env_file} GPU_MEM_UTIL={{}} " + BEFORE.replace(" SYSFS", " SERVED_NAME='a b' SYSFS")
     assert found.line() == f"{before} inv {line}".format("0.8")
     assert found.line(GPU_MEM_UTIL="0.7") == f"{before} inv {line}".format("0.7")
     assert found.line(MAX_MODEL_LEN="1") == f"{before} inv {line.replace('256K', '1')}".format("0.8")
@@ -253,14 +256,14 @@ def test_a_remedy_repeats_what_was_typed(task, typed, env_file):
 
 def test_a_remedy_for_another_task_keeps_its_model(typed):
     """`head` and `worker` get the model and the shell's settings. After an `up` it is `up`, which starts all nodes."""
-    assert typed("launch --model nemotron --max-len 1M").line("head") == f"{BEFORE} inv head --model nemotron"
-    up = f"{BEFORE} inv up --model nemotron --max-len 1M"
+    assert typed("launch --model nemotron --max-len 1M").line("head") == f"ENV_FILE= {BEFORE} inv head --model nemotron"
+    up = f"ENV_FILE= {BEFORE} inv up --model nemotron --max-len 1M"
     for where in ("here", "elsewhere"):
         assert typed("up --model nemotron --max-len 1M").line("head", where) == up
 
 
 def test_a_remedy_for_another_node_has_nothing_of_this_node(typed):
-    """This node's own address would be refused on the other node."""
+    """This node's own address would be refused on the other node, and its ENV_FILE may not be there."""
     assert typed("launch --model nemotron").line("worker", "elsewhere") == "RDMA_HCAS= inv worker --model nemotron"
 
 
@@ -285,7 +288,7 @@ def test_dotenv_reads_quotes_comments_and_exports(settle, env_file):
 def test_a_malformed_line_is_named(line, settle, env_file):
     """A line of .env that is no NAME=value is refused by its number. Its text may be a secret and is not shown."""
     env_file.write_text(f"HOST=::\n{line}\n")
-    with pytest.raises(Exit, match=r"site.env, line 2: expected NAME=value\.$"):
+    with pytest.raises(Exit, match=r"site.env, line 2: expected NAME=value, with closed quotes\.$"):
         settle()
 
 

@@ -101,7 +101,7 @@ def test_an_image_that_nobody_here_built(sparks, terminal):
     checked = inv(spark, "check", "--model", "rehearsal", **image)
     head.end(signal.SIGTERM)
     spark.run("docker", "image", "rm", "rehearsal/pulled")
-    assert "WARNING image: Nothing says what the image of 10.0.0.1 was made of" in checked.stderr
+    assert "WARNING image: The image of 10.0.0.1 has no label of its base" in checked.stderr
 
 
 def test_an_engine_that_does_not_answer_is_named(sparks):
