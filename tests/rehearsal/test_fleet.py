@@ -154,7 +154,7 @@ def test_a_detached_head_is_a_head(pair):
     again = inv(pair[0], "head", "--model", "rehearsal", "--detach")
     assert again.returncode == 0 and again.stdout == "" and "left alone" in again.stderr
     other = inv(pair[0], "head", "--detach")
-    assert other.returncode != 0 and "started with another NODE_RAY_WRAPPER" in other.stderr
+    assert other.returncode != 0 and "started with another MEM_ABORT_GIB and NODE_RAY_WRAPPER" in other.stderr
     assert "Ray runtime started" in inv(pair[0], "logs", "--node").stdout
     assert inv(pair[0], "down", "--here").returncode == 0
     assert gone(pair[0])
