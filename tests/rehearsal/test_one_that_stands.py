@@ -81,6 +81,8 @@ def rows(text: str) -> dict[str, str]:
 
 def test_what_vllm_printed_is_used_by_later_checks(pair):
     """Nobody follows this load. After its end `check` has the sizes that vLLM printed, at another share of it too."""
+    for name in ("loading.json", "readings.json"):  # of earlier tests
+        (pair[0].cache / "node-ray" / name).unlink(missing_ok=True)
     launch = inv(pair[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, VLLM_API_KEY=KEY)
     assert launch.returncode == 0, launch.stderr
     assert "(allowance)" in launch.stderr and "as loaded here" not in launch.stderr
