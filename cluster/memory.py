@@ -105,7 +105,7 @@ SPARK = NodeMemory("a Spark", int(121.7 * GIB), int(117.4 * GIB))
 
 @dataclass(frozen=True)
 class Loaded:
-    """What vLLM printed of a load here: the date, the utilization, and sizes of a rank in bytes, 0 if not printed."""
+    """One load as vLLM printed it: its date, its utilization, and sizes of a rank in bytes, 0 if not printed."""
 
     on: str
     utilization: float

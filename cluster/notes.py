@@ -1,4 +1,4 @@
-"""What is said to the operator at the start of a task, about settings, and at its end, about a mistake.
+"""Sentences for the operator: at the start of a task about the settings, and at its end about a mistake.
 
 Each value of the operator's is shown with its origin. A name that a run does not use, and a file with a secret that
 others can read, bring a note. A mistake of a file, a template or this machine is a sentence, and no traceback.
