@@ -47,7 +47,8 @@ def operator_notes(settings: Settings, shell: Mapping[str, str] = os.environ) ->
             yield f"{name} is set in the shell, but every container gets it from {written[name]}: set {written[name]}."
         elif name in of_models:
             yield f"{name} is set in the shell, but this run does not use it."
-        elif "_" in name and (hint := nearest(name, known, NEAR)):
+        # Names with the same first letter: to compare each with all would be felt at every start.
+        elif "_" in name and (hint := nearest(name, [one for one in known if one[0] == name[0]], NEAR)):
             yield f"{name} is set in the shell, and nothing here knows it{hint}."
     private = [Path(settings["RAY_AUTH_TOKEN_PATH"])]
     for origin, file in site_files(settings.model, shell.get("ENV_FILE")).items():
