@@ -19,7 +19,7 @@ from cluster.node import HF_CACHE, mounts
 from cluster.options import gated, given_options, known_options
 from cluster.readings import keep_readings, loads_here
 from cluster.recorder import settle
-from cluster.server import ask_server
+from cluster.served import ask_server
 from cluster.settings import ModelSettings
 
 if TYPE_CHECKING:

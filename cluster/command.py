@@ -1,4 +1,4 @@
-"""Command lines: written by a template, shown as text to paste, and started in one of four ways.
+"""Command lines: written by a template, shown as text to paste, and started in one of five ways.
 
 A template is rendered to lines of words, one flag with its value per line. The same words are printed, tested and run.
 A command that cannot be started or that fails raises Exit.
@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeAlias
+from typing import IO, Any, BinaryIO, NoReturn, TypeAlias
 
 from invoke import Exit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, meta
@@ -191,7 +192,7 @@ def held() -> Iterator[None]:
             os.kill(os.getpid(), got[0])
 
 
-# --- Four ways to start a process ------------------------------------------------------------------------------------
+# --- Five ways to start a process ------------------------------------------------------------------------------------
 
 
 def run(
@@ -221,7 +222,7 @@ def run(
             status = child.wait(seconds)
             for reader in readers:
                 reader.join(1)  # a process that the command has left behind may hold the pipe open
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+            how = _how_ended(status)
         except TooLate:
             status, how = -signal.SIGKILL, f"did not end within {seconds:.0f} s and {_kill(child)}"
         except BaseException:
@@ -229,11 +230,18 @@ def run(
                 _kill(child)
             raise
     if status:
-        name = command.alias or shlex.join(command.words[:3])
         tail = "".join(f"\n  {line}" for line in last) if heard else " " + " / ".join([*(last or said)][-3:])
-        text = f"{name} {how}:{tail}" if last or said else f"{name} {how}."
-        raise Exit(text, code=status if status > 0 else 128 - status)
+        raise _failed(command, status, how, tail.rstrip())
     return "\n".join(said).strip()
+
+
+def _how_ended(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+
+
+def _failed(command: Command, status: int, how: str, tail: str) -> Exit:
+    name = command.alias or shlex.join(command.words[:3])
+    return Exit(f"{name} {how}{f':{tail}' if tail else '.'}", code=status if status > 0 else 128 - status)
 
 
 def _reader(stream: IO[str] | None, lines: deque[str], host: str = "") -> threading.Thread:
@@ -288,6 +296,32 @@ def stream(command: Command) -> Iterator[Iterator[str]]:
             if child.stdin:
                 child.stdin.close()
             child.terminate()
+
+
+@contextmanager
+def pipe(command: Command, *, into: bool = False) -> Iterator[BinaryIO]:
+    """Run a command during the block, and yield its standard output as bytes; with into, its standard input.
+
+    At the end of the block the pipe is closed, and the command is waited for. A block that fails kills the command.
+    Raises Exit with its last lines if the command fails.
+    """
+    say(command.text)
+    last: deque[str] = deque(maxlen=3)
+    ends: dict[str, Any] = {"stdin" if into else "stdout": subprocess.PIPE}
+    child = _start(command, stderr=subprocess.PIPE, process_group=0, **ends)
+    reader = _reader(child.stderr, last)
+    end = child.stdin if into else child.stdout
+    assert isinstance(end, TextIOWrapper)
+    try:
+        with suppress(BrokenPipeError), end:  # a command that has failed says why
+            yield end.buffer
+        status = child.wait()
+    except BaseException:
+        _kill(child)
+        raise
+    reader.join(1)
+    if status:
+        raise _failed(command, status, _how_ended(status), " " + " / ".join(last) if last else "")
 
 
 def detach(command: Command) -> tuple[Child, int]:

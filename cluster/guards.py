@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster import engine, image, server
+from cluster import engine, image, served
 from cluster.command import say
 from cluster.node import CONTAINER, RAY_PORT, Network
 from cluster.notes import gpu_notes
@@ -107,7 +107,7 @@ def before_launch(settings: ModelSettings) -> Container:
 
 
 def before_stop() -> None:
-    if not server.server_runs(running_node("There is nothing to stop.")):
+    if not served.server_runs(running_node("There is nothing to stop.")):
         raise Exit("No server runs in this node's container.")
 
 
@@ -130,7 +130,7 @@ def ray_answers(settings: Settings) -> None:
 
 
 def nothing_serves(head: Container) -> None:
-    if server.server_runs(head):
+    if served.server_runs(head):
         raise Exit("A server runs in this container already. Type: inv stop")
 
 
@@ -166,8 +166,8 @@ def the_head(settings: Settings) -> Container:
     """Return the running container of the head. Refuse on a worker, and if no such container runs."""
     found = running_node(f"Type: {settings.line('head')}")
     is_head(found)
-    if server.is_earlier(found):
-        raise Exit(server.EARLIER)
+    if served.is_earlier(found):
+        raise Exit(served.EARLIER)
     if (runs := engine.container_image(found)) != settings["VLLM_IMAGE"]:
         say(f"Warning: {CONTAINER} runs {runs}, but this model uses {settings['VLLM_IMAGE']}.")
     return found

@@ -24,7 +24,7 @@ from cluster.engine import node_container
 from cluster.guards import is_head
 from cluster.node import CONTAINER, log_folder
 from cluster.recorder import FRESH_S, GIB, LOAD, Recorded, keep_json, kept_json, read_ended, read_recorded
-from cluster.server import Served, ask_server, is_earlier
+from cluster.served import Served, ask_server, is_earlier
 from cluster.settings import Settings
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster import guards, server
+from cluster import guards, served, server
 from cluster.api import Answer, ask_api, generate_token
 from cluster.command import run, say, stream
 from cluster.node import CONTAINER, log_folder
@@ -197,7 +197,7 @@ class Load:
             except OSError:
                 raise Exit("Nothing reads standard output any more. The server runs on. Its log: inv logs") from None
         # `docker exec` may end before the server does.
-        if over and not server.server_runs(guards.running_node("Type: inv up --model NAME")):
+        if over and not served.server_runs(guards.running_node("Type: inv up --model NAME")):
             while (seen := read_recorded(self.settings)) and seen.alive:  # the recorder's next look asks the guards
                 time.sleep(PAUSE_S)
             last = "\n".join(f"  {line}" for line in self.last)

@@ -19,7 +19,8 @@ from cluster.engine import ask_container, container_environment
 from cluster.finding import Finding, vllm_version
 from cluster.node import IN_SHELL, INSIDE, log_folder
 from cluster.recorder import keep_json, kept_json
-from cluster.server import EARLIER, is_earlier, serve_words
+from cluster.served import EARLIER, is_earlier
+from cluster.server import serve_words
 from cluster.settings import ModelSettings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from cluster.health import look
 from cluster.memory import in_gib
 from cluster.node import CONTAINER
 from cluster.recorder import read_lows
-from cluster.server import Served, is_earlier
+from cluster.served import Served, is_earlier
 from cluster.settings import Settings
 
 # The fields of NodeMemory that a row has, and what a row tells of a GPU, with the units.

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import fcntl
 import re
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster import check, detached, engine, guards, load, node, options, readings, recorder, repository, server
-from cluster.command import ENDINGS, Command, handling, render, run, say, words_of
+from cluster import check, detached, engine, guards, load, node, options, readings, recorder, repository, served, server
+from cluster.command import ENDINGS, Command, handling, run, say
 from cluster.node import CONTAINER, Network
 from cluster.ports import is_own_address
+from cluster.remote import ignore_signals, on_all, over_ssh, run_there, workers_needed
 from cluster.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
@@ -32,86 +31,21 @@ if TYPE_CHECKING:
 JOIN_S = 30
 # A container is removed within a second. A worker that hangs must not keep `down` waiting.
 REMOVE_S = 60
-# ssh ends with this status if it does not reach the host, or loses the connection.
-SSH_FAILED = 255
 
 
 # --- A worker, over ssh ----------------------------------------------------------------------------------------------
-
-
-def workers_needed(settings: ModelSettings) -> list[str]:
-    """Return the workers that the model needs beside the head."""
-    workers, needed = settings.workers(), settings.world_size() - 1
-    if len(workers) < needed:
-        name = "WORKER_HOSTS" if "WORKER_HOSTS" in settings else "WORKER_IP"
-        raise Exit(
-            f"{settings.model.name} needs {needed} workers beside the head (TP_SIZE times PP_SIZE less one). "
-            f"{name} ({settings.origin(name)}) names {len(workers)}: {', '.join(workers) or 'none'}. Set it in .env."
-        )
-    return workers[:needed]
 
 
 def worker_up_command(settings: ModelSettings, host: str) -> Command:
     """Return the command that brings a worker up, with what the shell and the flags set here."""
     version, handed_on = repository.repository_digest(), settings.handed_on()
     values = settings.public() | {"model": settings.model.name, "version": version, "handed_on": handed_on}
-    return _over_ssh(settings, host, "remote_worker.j2", values)
+    return over_ssh(settings, host, "remote_worker.j2", values)
 
 
 def worker_down_command(settings: Settings, host: str, head_ip: str) -> Command:
     """Return the command that removes a worker's container, if it was started for this head."""
-    return _over_ssh(settings, host, "remote_down.j2", {"head_ip": head_ip})
-
-
-def _over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any]) -> Command:
-    # ssh starts in the home folder, and a quoted `~` would be the name of a folder.
-    folder = settings.get("REPO_DIR", str(repository.ROOT)).rstrip("/")
-    inv = re.sub("^~/", "./", f"{folder}/inv")
-    if "=" in inv:
-        raise Exit(f"{folder} has an equals sign, so `env` would take it for a variable. Move it, or set REPO_DIR.")
-    words = words_of(render(template, inv=inv, **values))
-    task = shlex.join(["inv", *words[words.index(inv) + 1 :]])
-    lines = render("ssh.j2", host=host, remote=shlex.join(words))
-    return Command(lines, f"head, for {host}", alias=f"{host}: `{task}`")
-
-
-def _run_there(host: str, command: Command, seconds: float) -> str:
-    """Run a command on a worker, show its lines as they come, and return its standard output."""
-    try:
-        return run(command, heard=host, seconds=seconds)
-    except Exit as error:
-        hint = ""
-        if error.code == SSH_FAILED:
-            hint = f"\nThat is the status of ssh itself. Type: ssh -v {host} true; WORKER_HOSTS names the workers."
-        # The shell could not start (126) or find (127) `inv`, or an older `inv` does not know a flag.
-        elif error.code in (126, 127) or "No idea what" in str(error.message):
-            hint = "\nIs this repository there, in the same folder or in REPO_DIR? In it, type: git pull"
-        raise Exit(f"{error.message}{hint}", code=error.code) from None
-
-
-def _at_once(hosts: Sequence[str], act: Callable[[str], None], here: Callable[[], None] = lambda: None) -> list[str]:
-    """Act on all hosts at once, and here meanwhile. Return the message of each that failed."""
-
-    def attempt(action: Callable[..., None], *host: str) -> str:
-        try:
-            action(*host)
-        except Exit as error:
-            return str(error.message)
-        return ""
-
-    with ThreadPoolExecutor(max(1, len(hosts))) as pool:  # its end waits for all hosts
-        there = pool.map(lambda host: attempt(act, host), hosts)
-        try:
-            return [text for text in (attempt(here), *there) if text]
-        except BaseException:
-            _ignore_signals()
-            say("Waiting for the workers to come back: only then is it known which of them are up.")
-            raise
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGINT, *ENDINGS):
-        signal.signal(number, signal.SIG_IGN)
+    return over_ssh(settings, host, "remote_down.j2", {"head_ip": head_ip})
 
 
 # --- up --------------------------------------------------------------------------------------------------------------
@@ -145,7 +79,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     with _only_one(settings), _undone_on_failure(settings, workers, keep) as started:
         _bring_up_nodes(settings, net, workers, started)
         head = guards.the_head(settings)
-        running = server.ask_server(head)
+        running = served.ask_server(head)
         if running and running.alive:
             if fabric:
                 raise Exit("--fabric needs the GPUs, and a server has them. Type: inv stop; or leave --fabric out")
@@ -195,7 +129,7 @@ def _undone_on_failure(settings: Settings, workers: Sequence[str], keep: bool) -
             if something and keep:
                 say("--keep: what this run has started stays. To take it down: inv down")
             elif something and not (started.server and started.hung_up):
-                _ignore_signals()  # half a minute for the server, and REMOVE_S for the nodes
+                ignore_signals()  # half a minute for the server, and REMOVE_S for the nodes
                 say("What this run has started is taken down again.")
                 if started.server and not started.head:  # with the head's container the server ends at once
                     _stop_server()
@@ -216,11 +150,11 @@ def _bring_up_nodes(settings: ModelSettings, net: Network, workers: Sequence[str
     def bring_up_worker(host: str) -> None:
         command = worker_up_command(settings, host)
         say(command.text)
-        output = _run_there(host, command, seconds)
+        output = run_there(host, command, seconds)
         if re.search("^started [0-9a-f]{64}$", output, re.MULTILINE):
             started.workers.add(host)
 
-    if failures := _at_once(workers, bring_up_worker):
+    if failures := on_all(workers, bring_up_worker):
         raise Exit("\n".join(failures))
 
 
@@ -238,7 +172,7 @@ def _check_nodes(settings: ModelSettings, head: Container, allowed: Sequence[str
     return found
 
 
-def _same_server(settings: ModelSettings, head: Container, running: server.Served) -> ModelSettings:
+def _same_server(settings: ModelSettings, head: Container, running: served.Served) -> ModelSettings:
     """Refuse a server with another line. Start its recorder again if that has stopped. Return its settings."""
     settings, _, _ = options.gated(settings, head, options.known_options(head, settings))
     wanted = server.serve_words(settings)
@@ -300,7 +234,7 @@ def take_down_here(head_ip: str | None = None) -> None:
 def _stop_server() -> None:
     """Stop the server if one runs. A server that cannot be stopped ends with its container."""
     try:
-        if server.server_runs(guards.running_node("")):
+        if served.server_runs(guards.running_node("")):
             run(server.stop_command(), whole=True)
     except Exit as error:
         say(str(error.message))
@@ -310,6 +244,6 @@ def _take_nodes_down(settings: Settings, workers: Sequence[str], head_ip: str, t
     """Take these workers of the head down, and this node if asked. Return the message of each that failed."""
 
     def take_worker_down(host: str) -> None:
-        _run_there(host, worker_down_command(settings, host, head_ip), REMOVE_S)
+        run_there(host, worker_down_command(settings, host, head_ip), REMOVE_S)
 
-    return _at_once(workers, take_worker_down, take_down_here if this_node else lambda: None)
+    return on_all(workers, take_worker_down, take_down_here if this_node else lambda: None)

@@ -9,7 +9,7 @@ import pytest
 from invoke import Exit
 
 import tasks
-from cluster import health, options, recorder, server
+from cluster import health, options, recorder, served
 from cluster.command import Command
 from cluster.settings import load_settings
 from cluster.token import make_token
@@ -181,8 +181,8 @@ def test_a_file_of_ours_with_another_json_counts_as_missing(text, operator, tmp_
 @pytest.mark.parametrize("told", ["a banner\n0\n5\nvllm\nserve\nx", "banner"])
 def test_an_odd_state_of_the_server_is_not_no_server(told, operator):
     """A second server must not be started because a start-up file of bash prints a line."""
-    operator.setattr(server, "run", lambda *_, **__: told)
-    for ask in (server.ask_server, server.server_runs):
+    operator.setattr(served, "run", lambda *_, **__: told)
+    for ask in (served.ask_server, served.server_runs):
         with pytest.raises(Exit, match=r"^The state of the server in node-ray is unreadable: \['.*banner'"):
             ask(type("Head", (), {"name": "node-ray"}))
 

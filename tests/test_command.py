@@ -16,7 +16,7 @@ from invoke import Exit
 from jinja2 import UndefinedError
 
 from cluster import command, notes
-from cluster.command import ENDINGS, Command, become, held, run, say, stream, tell, words_of
+from cluster.command import ENDINGS, Command, become, held, pipe, run, say, stream, tell, words_of
 
 
 @pytest.fixture
@@ -420,3 +420,46 @@ def test_a_detached_command_pastes_as_it_is(detached):
     assert detached.text.splitlines()[-1].endswith("1 &") and detached.words == list(GREETS) == words_of(detached.lines)
     subprocess.run(["bash"], input=f"{detached.text}\nwait\n", text=True, check=True)
     assert detached.log.read_text() == "it's two  words\n"
+
+
+# --- A pipe of bytes -------------------------------------------------------------------------------------------------
+
+
+def shell(line: str) -> Command:
+    return Command((("sh", "-c", line),), alias="ssh to spark-2")
+
+
+def test_bytes_go_into_a_command_and_come_out_of_one(tmp_path, capfd):
+    """No byte is changed, and the end of the block waits for the command."""
+    with pipe(shell("printf 'a\\377\\r\\n'")) as source, pipe(shell(f"cat >{tmp_path}/got"), into=True) as sink:
+        sink.write(source.read())
+    assert (tmp_path / "got").read_bytes() == b"a\xff\r\n"
+
+
+def flood(line: str) -> None:
+    with pipe(shell(line), into=True) as sink:
+        for _ in range(100):
+            sink.write(b"0" * 10**5)
+
+
+@pytest.mark.parametrize("line", ["echo full >&2; exit 3", "echo full >&2; exec <&-; sleep 0.1; exit 3"])
+def test_a_command_that_refuses_bytes_says_why(line, capfd):
+    """The command's own words count, and not that its pipe broke."""
+    with pytest.raises(Exit, match=r"^ssh to spark-2 failed with status 3: full$") as no:
+        flood(line)
+    assert no.value.code == 3
+
+
+def interrupted(pids: list[int]) -> None:
+    with pipe(shell("echo $$; exec sleep 60")) as source:
+        pids.append(int(source.readline()))
+        raise KeyboardInterrupt
+
+
+def test_a_block_that_fails_kills_the_command(capfd):
+    """A command that waits for more bytes would stay for ever."""
+    pids: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(pids)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)

@@ -18,7 +18,7 @@ from docker.errors import APIError
 from invoke import Exit
 from requests.exceptions import JSONDecodeError
 
-from cluster import cleanup, engine, guards, image, server, token
+from cluster import cleanup, engine, guards, image, served, token
 from cluster.models import find_model
 from cluster.node import Network
 from cluster.settings import load_settings
@@ -55,7 +55,7 @@ def docker(operator):
     operator.setattr(engine, "client", lambda: SimpleNamespace(info=lambda: found.info))
     operator.setattr(engine, "our_containers", lambda *_: found.containers)
     operator.setattr(engine, "image_labels", lambda name: found.labels)
-    operator.setattr(server, "server_runs", lambda head: head.serving)
+    operator.setattr(served, "server_runs", lambda head: head.serving)
     return found
 
 

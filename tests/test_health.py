@@ -25,7 +25,7 @@ from cluster.health import (
     waited_in_vain,
 )
 from cluster.recorder import FIRST, GIB, LOAD, Recorded
-from cluster.server import Served
+from cluster.served import Served
 
 NOW = 1_700_000_000.0
 HANG, STALL, FLOOR = 300, 600, 6

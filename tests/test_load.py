@@ -209,7 +209,7 @@ def serving(monkeypatch):
     """Whether the server runs, by its container: `serving.now`, which a test may change."""
     found = SimpleNamespace(now=True)
     monkeypatch.setattr(load.guards, "running_node", lambda _: None)
-    monkeypatch.setattr(load.server, "server_runs", lambda _: found.now)
+    monkeypatch.setattr(load.served, "server_runs", lambda _: found.now)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from invoke import Exit
 
-from cluster import repository, up
+from cluster import remote, repository, up
 from cluster.command import Command
 from cluster.models import find_model
 from cluster.settings import OF_ONE_NODE, ModelSettings, load_settings
@@ -223,7 +223,7 @@ def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(Exit) as failed:
-        up._run_there("spark-2", up.worker_down_command(settled(), "spark-2", "10.0.0.1"), 7)
+        remote.run_there("spark-2", up.worker_down_command(settled(), "spark-2", "10.0.0.1"), 7)
     first, *lines = failed.value.message.splitlines()
     assert first.rstrip(":.") == f"spark-2: `inv down --here --head-ip 10.0.0.1` failed with status {status}"
     assert failed.value.code == status and lines[:1] == ([f"  {last}"] if last else [])

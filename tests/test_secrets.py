@@ -89,7 +89,7 @@ def test_a_secret_in_no_argv(inv, operator, env_file, tmp_path):
     operator.setattr("cluster.load.PAUSE_S", 0.005)
     operator.setattr("cluster.guards.before_launch", lambda settings: None)
     operator.setattr("cluster.guards.running_node", lambda what_next: None)
-    operator.setattr("cluster.server.server_runs", lambda head: False)
+    operator.setattr("cluster.served.server_runs", lambda head: False)
     operator.setattr(check, "inspect", lambda settings, head: check.foresee(settings))
     said = inv("launch --model nemotron", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert "marker7" not in said.out + said.err

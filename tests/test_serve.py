@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.command import run
-from cluster.server import ask_server, server_runs, stop_command
+from cluster.served import ask_server, server_runs
+from cluster.server import stop_command
 
 # Each test starts real processes and waits for them.
 pytestmark = pytest.mark.rehearsal

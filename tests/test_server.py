@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.server import Served, ask_server, is_earlier, server_runs
+from cluster.served import Served, ask_server, is_earlier, server_runs
 
 LINE = "vllm serve org/model --served-model-name name --port 8001 --tensor-parallel-size 2 --max-model-len 131072"
 

@@ -10,7 +10,7 @@ from cluster import status
 from cluster.agreement import Node
 from cluster.health import Seen, State, Verdict
 from cluster.recorder import GIB
-from cluster.server import Served
+from cluster.served import Served
 
 HEAD, WORKER = "10.0.0.1", "10.0.0.2"
 NOW = time.time()

@@ -13,7 +13,22 @@ from types import SimpleNamespace
 import pytest
 from invoke import Exit
 
-from cluster import check, detached, engine, guards, load, node, options, readings, recorder, repository, server, up
+from cluster import (
+    check,
+    detached,
+    engine,
+    guards,
+    load,
+    node,
+    options,
+    readings,
+    recorder,
+    remote,
+    repository,
+    served,
+    server,
+    up,
+)
 from cluster.command import ENDINGS, held, run
 from cluster.models import find_model
 from cluster.node import Network
@@ -120,15 +135,16 @@ def site(operator, tmp_path):
         (guards, "before_launch", lambda _: None),
         (guards, "the_head", lambda _: None),
         (guards, "running_node", lambda _: None),
-        (server, "server_runs", lambda _: made.serving is not None or "server" in made.did),
+        (served, "server_runs", lambda _: made.serving is not None or "server" in made.did),
         (up, "run", runs),
+        (remote, "run", runs),
         (check, "inspect", lambda *_: found),
         (options, "gated", lambda settings, *_: (settings, (), ())),
         (options, "known_options", lambda *_: None),
         (check, "tell_inspection", lambda *_: None),
         (server, "prepare", lambda _: made.step("prepare")),
         (server, "begin", begin),
-        (server, "ask_server", lambda _: made.serving),
+        (served, "ask_server", lambda _: made.serving),
         (readings, "note_load", lambda _: None),
         (recorder, "read_recorded", lambda _: made.seen),
         (load, "follow_load", lambda *_, **__: made.step("follow")),
@@ -315,7 +331,7 @@ def test_all_workers_that_fail_are_named(site):
     assert site.undone == ["new down", "old down", "remove"]
 
 
-@pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
+@pytest.mark.parametrize("code", [remote.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
 def test_a_worker_that_may_be_of_another_run_is_left(code, site):
     """The head was up before and the connection broke, so nobody knows which run has started the worker."""
     site.head = True
@@ -325,7 +341,7 @@ def test_a_worker_that_may_be_of_another_run_is_left(code, site):
     assert site.undone == []
 
 
-@pytest.mark.parametrize("code", [up.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
+@pytest.mark.parametrize("code", [remote.SSH_FAILED, 128 + signal.SIGKILL], ids=["broke", "took too long"])
 def test_a_worker_that_may_come_up_goes_with_its_head(code, site):
     """This run has started the head, so every worker of that head is taken down with it."""
     site.fails("new up", "Broken pipe", code)
@@ -356,7 +372,7 @@ def test_keep_leaves_everything(where, site, capsys):
 def test_a_worker_that_stays_up_hides_no_reason(site, capsys):
     """The other nodes are taken down. The last message says why `up` failed."""
     site.fails("follow", "STUCK in weights")
-    site.fails("new down", "No route to host", up.SSH_FAILED)
+    site.fails("new down", "No route to host", remote.SSH_FAILED)
     with pytest.raises(Exit, match="STUCK in weights"):
         site.up()
     assert site.undone == ["new down", "old down", "remove"] and "new: `inv down" in capsys.readouterr().err
@@ -389,7 +405,7 @@ def test_a_server_that_cannot_be_stopped_keeps_no_node_up(what, standing, operat
     """The server ends with its node. `down` prints the failure of the stop, and does not fail."""
     standing.fails("stop", "the server does not go")
     if what == "server_runs":
-        operator.setattr(server, "server_runs", lambda _: standing.step("stop"))
+        operator.setattr(served, "server_runs", lambda _: standing.step("stop"))
     up.take_down(standing.settings)
     assert standing.undone == ["new down", "old down", "remove", "stop"]
     assert "the server does not go" in capsys.readouterr().err
@@ -397,7 +413,7 @@ def test_a_server_that_cannot_be_stopped_keeps_no_node_up(what, standing, operat
 
 def test_a_worker_that_is_not_reached_is_named_at_the_end(standing):
     """The other nodes are down by then. The message names the setting for a head without workers."""
-    standing.fails("old down", "No route to host", up.SSH_FAILED)
+    standing.fails("old down", "No route to host", remote.SSH_FAILED)
     with pytest.raises(
         Exit, match=r"(?s)^old: .*These nodes may still be up; the others are down.*WORKER_HOSTS= in .env\.$"
     ) as no:
@@ -410,8 +426,7 @@ def test_a_worker_that_does_not_answer_in_time_is_named(standing, operator, tmp_
     (tmp_path / "ssh").write_text('#!/bin/sh\ncase "$*" in *" old "*) exec sleep 60 ;; esac\n')
     (tmp_path / "ssh").chmod(0o755)
     operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    runs = up.run
-    operator.setattr(up, "run", lambda command, **how: (run if "heard" in how else runs)(command, **how))
+    operator.setattr(remote, "run", run)
     operator.setattr(up, "REMOVE_S", 0.03)
     with pytest.raises(Exit, match=r"(?s)^old: .*did not end within 0 s and was killed\.\n.*may still be up"):
         up.take_down(standing.settings)
@@ -444,12 +459,8 @@ def test_down_is_refused_on_a_worker(status, standing, operator):
 def test_down_uses_the_head_address_of_the_container(standing, operator):
     """This shell may set another HEAD_NODE_IP than the shell that brought the nodes up."""
     asked = []
-    runs = up.run
 
-    def listen(command, **how):
-        return asked.append(command.words[-1]) if "heard" in how else runs(command, **how)
-
-    operator.setattr(up, "run", listen)
+    operator.setattr(remote, "run", lambda command, **_: asked.append(command.words[-1]))
     other = load_settings(standing.settings.model, {}, SHELL | {"HEAD_NODE_IP": "10.0.0.7"})
     up.take_down(other)
     assert len(asked) == 2 and all(line.endswith("down --here --head-ip 10.0.0.1") for line in asked)

@@ -158,7 +158,7 @@ def test_launch_runs_what_it_prints(inv, pasted, calls, sysfs, monkeypatch):
     from_paste = calls()
     monkeypatch.setattr(load, "PAUSE_S", 0.005)
     monkeypatch.setattr(load.guards, "running_node", lambda _: None)
-    monkeypatch.setattr(load.server, "server_runs", lambda _: False)
+    monkeypatch.setattr(load.served, "server_runs", lambda _: False)
     monkeypatch.setattr(load, "note_load", lambda _: None)
     with pytest.raises(Exit, match="The server has ended"):
         load.launch_model(_settings("nemotron", sysfs(), **KEYS), ["10.0.0.1"], detached=False)
