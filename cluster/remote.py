@@ -10,6 +10,7 @@ import shlex
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from invoke import Exit
@@ -34,6 +35,11 @@ def workers_needed(settings: ModelSettings) -> list[str]:
     return workers[:needed]
 
 
+def ssh_command(settings: Settings, host: str, words: Sequence[str], *, reads: bool = False) -> Command:
+    """Return the command that runs these words on a host. reads: they read this command's standard input."""
+    return Command(render("ssh.j2", host=host, reads=reads, remote=shlex.join(words)), f"head, for {host}")
+
+
 def over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any]) -> Command:
     # ssh starts in the home folder, and a quoted `~` would be the name of a folder.
     folder = settings.get("REPO_DIR", str(repository.ROOT)).rstrip("/")
@@ -42,8 +48,7 @@ def over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any
         raise Exit(f"{folder} has an equals sign, so `env` would take it for a variable. Move it, or set REPO_DIR.")
     words = words_of(render(template, inv=inv, **values))
     task = shlex.join(["inv", *words[words.index(inv) + 1 :]])
-    lines = render("ssh.j2", host=host, remote=shlex.join(words))
-    return Command(lines, f"head, for {host}", alias=f"{host}: `{task}`")
+    return replace(ssh_command(settings, host, words), alias=f"{host}: `{task}`")
 
 
 def run_there(host: str, command: Command, seconds: float) -> str:
