@@ -27,7 +27,7 @@ USUAL = {
 # One sitting reads these.
 FLOW = {"settings", "models", "command", "node", "guards", "links", "engine", "cleanup", "image", "server"}
 # The image has vLLM and Ray, and with vLLM torch and psutil.
-IN_THE_IMAGE = {"ray", "vllm", "torch", "psutil"}
+IN_THE_IMAGE = {"ray", "vllm", "torch", "psutil", "huggingface_hub"}
 
 
 # --- The layout ------------------------------------------------------------------------------------------------------
