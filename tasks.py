@@ -210,6 +210,27 @@ def build_image(c: Context, base_image: Value = None, tag: Value = None) -> None
         run(command)
 
 
+@verb(help={
+    "model": MODEL, "deep": "read every byte, and compare it with the hub's sha256",
+    "revision": "a branch, a tag or a commit (REVISION)",
+    "here": "print what this node has as JSON, and do nothing else",
+    "receive": "take files from the head, on standard input",
+})  # fmt: skip
+def weights(
+    c: Context, model: str, revision: Value = None, deep: bool = False, here: bool = False, receive: bool = False
+) -> None:
+    """Fetch a model once, ship it to every node, verify it."""
+    from cluster import weights as checkpoint
+
+    settings = _model_settings(model, None, "weights", revision, deep=deep)
+    if receive:
+        become(checkpoint.container_command(settings, "receive", settings["REVISION"]))
+    if here:
+        checkpoint.tell_here(settings, deep)
+    elif not _dry(c, *checkpoint.weights_commands(settings)):
+        checkpoint.provide_weights(settings, deep)
+
+
 @verb()
 def token(c: Context) -> None:
     """Make the token that Ray then asks everyone for."""
@@ -288,10 +309,12 @@ def _settings(name: Value = None, **flags: Value) -> Settings:
     return settings
 
 
-def _model_settings(name: Value, max_len: Value, task: str = "launch", **own: Value | bool) -> ModelSettings:
+def _model_settings(
+    name: Value, max_len: Value, task: str = "launch", revision: Value = None, **own: Value | bool
+) -> ModelSettings:
     if name is None:
         raise Exit(f"--model is missing; it takes one of {', '.join(known_models())}.")
-    settings = _settings(name, MAX_MODEL_LEN=max_len)
+    settings = _settings(name, MAX_MODEL_LEN=max_len, REVISION=revision)
     assert isinstance(settings, ModelSettings)
     words = [word for flag, value in own.items() if value for word in (f"--{flag}", value) if isinstance(word, str)]
     return replace(options.uncontradicted(settings), typed=(task, *words))
@@ -309,6 +332,6 @@ def _launcher(model: Model) -> Task:
 
 
 ns = Collection(
-    head, worker, launch, up, health, status, logs, stop, down, check, memory, cleanup, plan, build_image, token, watch,
-    rehearse, suite, *(_launcher(model) for model in LISTED),
+    head, worker, launch, up, health, status, logs, stop, down, check, memory, cleanup, plan, build_image, weights,
+    token, watch, rehearse, suite, *(_launcher(model) for model in LISTED),
 )  # fmt: skip

@@ -302,12 +302,14 @@ def stream(command: Command) -> Iterator[Iterator[str]]:
 def pipe(command: Command, *, into: bool = False) -> Iterator[BinaryIO]:
     """Run a command during the block, and yield its standard output as bytes; with into, its standard input.
 
-    At the end of the block the pipe is closed, and the command is waited for. A block that fails kills the command.
+    The standard input of a command that is read ends with the block. Then the command is waited for. A block that fails
+    kills the command.
     Raises Exit with its last lines if the command fails.
     """
     say(command.text)
     last: deque[str] = deque(maxlen=3)
-    ends: dict[str, Any] = {"stdin" if into else "stdout": subprocess.PIPE}
+    ends: dict[str, Any] = {} if command.feeds else {"stdin": subprocess.PIPE}
+    ends |= {} if into else {"stdout": subprocess.PIPE}
     child = _start(command, stderr=subprocess.PIPE, process_group=0, **ends)
     reader = _reader(child.stderr, last)
     end = child.stdin if into else child.stdout
@@ -315,6 +317,8 @@ def pipe(command: Command, *, into: bool = False) -> Iterator[BinaryIO]:
     try:
         with suppress(BrokenPipeError), end:  # a command that has failed says why
             yield end.buffer
+            if child.stdin:
+                child.stdin.close()
         status = child.wait()
     except BaseException:
         _kill(child)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,12 +36,33 @@ def workers_needed(settings: ModelSettings) -> list[str]:
     return workers[:needed]
 
 
-def ssh_command(settings: Settings, host: str, words: Sequence[str], *, reads: bool = False) -> Command:
-    """Return the command that runs these words on a host. reads: they read this command's standard input."""
-    return Command(render("ssh.j2", host=host, reads=reads, remote=shlex.join(words)), f"head, for {host}")
+def ssh_command(
+    settings: Settings, host: str, words: Sequence[str], *, reads: bool = False, fast: bool = False
+) -> Command:
+    """Return the command that runs these words on a host.
+
+    reads: they read this command's standard input. fast: the bytes go over the fast link, see SHIP_VIA.
+    """
+    options = _fast_link(settings, host) if fast else []
+    lines = render("ssh.j2", host=host, reads=reads, options=options, remote=shlex.join(words))
+    return Command(lines, f"head, for {host}")
 
 
-def over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any]) -> Command:
+def _fast_link(settings: Settings, host: str) -> list[str]:
+    """Return ssh's options for the address of a worker in SHIP_VIA, with the host key of the worker's own name."""
+    names = settings.get("WORKER_HOSTS", settings["WORKER_IP"]).split(",")
+    ways = settings.get("SHIP_VIA", settings["WORKER_IP"]).split(",")
+    if host not in names or len(ways) != len(names) or (address := ways[names.index(host)]) in ("", host):
+        return []
+    known = dict(
+        line.split(" ", 1) for line in run(Command((("ssh", "-G", host),)), capture=True).splitlines() if " " in line
+    )
+    name, port = known.get("hostname", host), known.get("port", "22")
+    alias = known.get("hostkeyalias") or (name if port == "22" else f"[{name}]:{port}")
+    return [f"HostName={address}", f"HostKeyAlias={alias}"]
+
+
+def over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any], **how: bool) -> Command:
     # ssh starts in the home folder, and a quoted `~` would be the name of a folder.
     folder = settings.get("REPO_DIR", str(repository.ROOT)).rstrip("/")
     inv = re.sub("^~/", "./", f"{folder}/inv")
@@ -48,7 +70,7 @@ def over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any
         raise Exit(f"{folder} has an equals sign, so `env` would take it for a variable. Move it, or set REPO_DIR.")
     words = words_of(render(template, inv=inv, **values))
     task = shlex.join(["inv", *words[words.index(inv) + 1 :]])
-    return replace(ssh_command(settings, host, words), alias=f"{host}: `{task}`")
+    return replace(ssh_command(settings, host, words, **how), alias=f"{host}: `{task}`")
 
 
 def run_there(host: str, command: Command, seconds: float) -> str:
@@ -83,6 +105,27 @@ def on_all(hosts: Sequence[str], act: Callable[[str], None], here: Callable[[], 
             ignore_signals()
             say("Waiting for the workers to come back: only then is it known which of them are up.")
             raise
+
+
+def at_once(hosts: Sequence[str], act: Callable[[str], object]) -> dict[str, str]:
+    """Act on all hosts at once. Return the message of each that failed, by host.
+
+    Ctrl-C does not wait for the hosts, so it is for acts that a killed process may leave.
+    """
+    failed: dict[str, str] = {}
+
+    def attempt(host: str) -> None:
+        try:
+            act(host)
+        except Exception as error:
+            failed[host] = f"{host}: {getattr(error, 'message', error)}".replace(f"{host}: {host}: ", f"{host}: ")
+
+    threads = [threading.Thread(target=attempt, args=(host,), daemon=True) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {host: failed[host] for host in hosts if host in failed}
 
 
 def ignore_signals() -> None:

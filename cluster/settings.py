@@ -28,9 +28,11 @@ NEVER_SHOWN = (*HIDDEN, "SERVE_EXTRA")
 OF_ONE_NODE = (
     "ENV_FILE",
     *("VLLM_HOST_IP", "NCCL_IB_GID_INDEX", "SYSFS", "CACHE_DIR", "HF_CACHE", "RAY_AUTH_TOKEN_PATH", "WORKER_HOSTS"),
-    *("REPO_DIR", "REHEARSAL_DIR", "WATCH_INTERVAL_S", "WATCH_FAILURES", "WATCH_HOOK", "WATCH_COOLDOWN_S", "WATCH_MAX"),
+    *("REPO_DIR", "SHIP_VIA", "REHEARSAL_DIR", "WATCH_INTERVAL_S", "WATCH_FAILURES", "WATCH_HOOK", "WATCH_COOLDOWN_S"),
+    "WATCH_MAX",
 )
-FLAGS = {"MAX_MODEL_LEN": "--max-len", "HEAD_NODE_IP": "--head-ip", "BASE_IMAGE": "--base-image", "TAG": "--tag"}
+FLAGS = {"MAX_MODEL_LEN": "--max-len", "HEAD_NODE_IP": "--head-ip", "BASE_IMAGE": "--base-image", "TAG": "--tag",
+         "REVISION": "--revision"}  # fmt: skip
 DEFAULT_BASE_IMAGE, DEFAULT_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3", "local/vllm-ray:26.05.post1"
 
 
@@ -102,6 +104,7 @@ HOSTS = Form("ssh destinations, comma separated", _matching(r"(?!-)[\w.@%-]+(,(?
 # On the other node `env NAME=value … FOLDER/inv` would take a folder with an equals sign for a variable.
 CHECKOUT = Form("a folder without an equals sign, from the home folder if it is relative", _matching(r"(?!-)[^=]+"))
 PATH = Form("an absolute path without a colon", lambda text: _matching("/[^:]*")(os.path.expanduser(text)))
+REVISION = Form("a branch, a tag or a commit", _matching(r"(?!.*\.\.)\w[\w./-]*"))
 IMAGE = Form("an image name", _matching(r"(?!.*//)[\w][\w./:@-]*"))
 SECRET_NAMES = Form("HF_TOKEN, VLLM_API_KEY, both or nothing", _matching("((HF_TOKEN|VLLM_API_KEY)( |$))*"))
 EXTRA_WORDS = Form("words as a shell would read them, and no key among them", _extra_words)
@@ -114,6 +117,7 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "HEAD_NODE_IP": ("10.0.0.1", ADDRESS),
     "WORKER_IP": ("10.0.0.2", ADDRESSES),
     "WORKER_HOSTS": (None, _or_nothing(HOSTS)),
+    "SHIP_VIA": (None, _or_nothing(HOSTS)),
     "REPO_DIR": (None, CHECKOUT),
     "VLLM_HOST_IP": (None, ADDRESS),
     "DATA_IFS": (None, _or_nothing(DEVICES)),
@@ -128,6 +132,8 @@ CORE: dict[str, tuple[str | None, Form]] = {
     "RAY_VERSION": ("2.60.0", Form("a version number", _matching(r"[0-9][\w.+!]*"))),
     "CACHE_DIR": ("~/.cache", PATH),
     "HF_CACHE": (None, PATH),
+    "HF_ENDPOINT": (None, _or_nothing(PUBLIC)),
+    "REVISION": ("", _or_nothing(REVISION)),
     "PYTORCH_CUDA_ALLOC_CONF": ("expandable_segments:True", _or_nothing(TEXT)),
     "ENGINE_TIMEOUT_S": ("1800", PATIENCE),
     "OBJECT_STORE_MEMORY": ("1073741824", COUNT),

@@ -26,6 +26,7 @@ TASKS = [
     "up --model nemotron",
     "down",
     "down --here",
+    "weights --model nemotron",
     *(f"launch --model {name}" for name in known_models()),
 ]
 PLANS = [f"plan --model {name}" for name in known_models()]

@@ -38,6 +38,7 @@ OWN = {
     "RAY_AUTH_TOKEN_PATH": "/mine",
     "WORKER_HOSTS": "spark-2",
     "REPO_DIR": "mine",
+    "SHIP_VIA": "10.0.0.2",
     "REHEARSAL_DIR": "/mine",
     "WATCH_INTERVAL_S": "7",
     "WATCH_FAILURES": "7",
@@ -229,3 +230,41 @@ def test_a_failure_names_node_command_and_last_lines(status, last, hint, settled
     assert failed.value.code == status and lines[:1] == ([f"  {last}"] if last else [])
     assert len(lines) == bool(last) + bool(hint) and (hint is None or hint in lines[-1])
     assert capfd.readouterr() == ("", f"spark-2 | {last}\n" if last else "")
+
+
+@pytest.mark.parametrize(
+    ("shell", "config", "options"),
+    [
+        ({}, "hostname 192.168.1.5\nport 22", ["HostName=10.0.0.2", "HostKeyAlias=192.168.1.5"]),
+        ({}, "hostname spark-2.lan\nport 2222", ["HostName=10.0.0.2", "HostKeyAlias=[spark-2.lan]:2222"]),
+        ({}, "hostname x\nport 22\nhostkeyalias spark", ["HostName=10.0.0.2", "HostKeyAlias=spark"]),
+        ({"SHIP_VIA": "10.9.0.2"}, "hostname x\nport 22", ["HostName=10.9.0.2", "HostKeyAlias=x"]),
+        ({"SHIP_VIA": ""}, "hostname x\nport 22", []),
+        ({"WORKER_IP": "10.0.0.2,10.0.0.3"}, "hostname x\nport 22", []),
+    ],
+    ids=["another address", "another port", "an alias", "SHIP_VIA", "empty", "lists of two lengths"],
+)
+def test_bytes_take_the_fast_link_with_the_host_key_of_the_name(settled, operator, tmp_path, shell, config, options):
+    """ssh connects to the fast address, and compares the key with the one that it knows for the worker's own name."""
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n[ \"$*\" = '-G spark-2' ] && cat <<'END'\n{config}\nEND\n")
+    (tmp_path / "ssh").chmod(0o755)
+    operator.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = settled(WORKER_HOSTS="spark-2", **shell)
+    words = remote.ssh_command(found, "spark-2", ["true"], fast=True).words
+    assert [word for word in words if "Host" in word] == options
+    assert not [word for word in remote.ssh_command(found, "spark-2", ["true"]).words if "Host" in word]
+
+
+def test_every_host_that_fails_is_named_and_the_others_act():
+    """One host that fails keeps no other from acting."""
+    acted = []
+
+    def act(host):
+        if host == "spark-3":
+            raise Exit("spark-3: no route")
+        if host == "spark-4":
+            raise OSError("odd")
+        acted.append(host)
+
+    failed = remote.at_once(["spark-2", "spark-3", "spark-4"], act)
+    assert acted == ["spark-2"] and failed == {"spark-3": "spark-3: no route", "spark-4": "spark-4: odd"}

@@ -7,6 +7,7 @@ image as root, because root owns the cache. They delete nothing, and a file gets
 import hashlib
 import json
 import os
+import re
 import struct
 import sys
 import threading
@@ -22,6 +23,13 @@ COPIES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "or
 # Files that a ship has begun. The hub's client leaves them alone.
 PART = ".ship.incomplete"
 CHUNK = 2**22
+# What to do about the errors of huggingface_hub.
+LATER = "Check the network, HF_ENDPOINT and the disk (df -h); then type the same line again: whole files stay."
+NEXT = {
+    "GatedRepoError": "Ask for access on the model's page of the hub, and set HF_TOKEN in .env.",
+    "RepositoryNotFoundError": "Is MODEL_CKPT right? A model that is private needs HF_TOKEN in .env.",
+    "RevisionNotFoundError": "Is REVISION right? It takes a branch, a tag or a commit of the model.",
+}
 
 
 def folder_of(hub, model):
@@ -65,8 +73,11 @@ def look(hub, model, revision=""):
     if INDEX in files:
         index = _read(snapshot / INDEX)
         weights, total = {*index["weight_map"].values()}, index.get("metadata", {}).get("total_size", 0)
-    elif not any(name.endswith((".safetensors", ".bin", ".pt", ".gguf")) for name in files):
-        weights = {"model.safetensors"}
+    for name in {*files} if not weights else ():  # vLLM fetches the index after the shards
+        if shard := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name):
+            weights |= {f"{shard[1]}-{number:05}-of-{shard[2]}.safetensors" for number in range(1, int(shard[2]) + 1)}
+    if not any(name.endswith((".safetensors", ".bin", ".pt", ".gguf")) for name in files):
+        weights |= {"model.safetensors"}
     told["missing"] = sorted((missing | weights | {"config.json"} | sizes.keys()) - files.keys())
     for name, size in files.items():
         expected = sizes.get(name) or (name.endswith(".safetensors") and safetensors_size(snapshot / name)) or size
@@ -143,20 +154,27 @@ def _write(path, text):
 # --- Checking every byte ---------------------------------------------------------------------------------------------
 
 
+def listing(hub, model, commit):
+    """Return size and hash of each file of a snapshot by name: from the hub's list, or from the names of its blobs."""
+    folder, record = folder_of(hub, model), record_of(folder_of(hub, model), commit)
+    if record.exists():
+        return _read(record)
+    paths = {name: folder / "snapshots" / commit / name for name in look(hub, model, commit)["files"]}
+    links = {name: os.path.basename(os.readlink(path)) if path.is_symlink() else "" for name, path in paths.items()}
+    return {name: {"size": path.stat().st_size, "hash": links[name]} for name, path in paths.items()}
+
+
 def verify(hub, model, revision):
     """Read every byte of a snapshot. Compare it with the hub's sha256, or with git's sha1 of a small file.
 
-    Without a record of the fetch a blob's name is its hash. Prints the bytes so far, and at the end what is wrong.
+    Prints the bytes so far, and at the end what is wrong.
     """
     folder, told = folder_of(hub, model), look(hub, model, revision)
-    record = record_of(folder, told["revision"])
-    sums, done = _read(record) if record.exists() else {}, {}
+    sums, done = listing(hub, model, told["revision"]), {}
 
     def judge(name):
         path = folder / "snapshots" / told["revision"] / name
-        link = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-        expected = sums[name]["hash"] if name in sums else link
-        if not expected:
+        if not (expected := sums.get(name, {}).get("hash")):
             return f"{name} cannot be compared: nothing here says its hash"
         hashed = hasher(expected, told["files"][name])
         with open(path, "rb") as file:
@@ -215,7 +233,7 @@ def _receive_file(source, frame, path):
                 raise EOFError(f"the head has stopped in the middle of {path.name}")
             file.write(chunk)
             hashed.update(chunk)
-        if hashed.hexdigest() != frame["hash"]:
+        if frame["hash"] and hashed.hexdigest() != frame["hash"]:
             file.truncate(0)
             raise ValueError(f"{path.name} has arrived with another hash than its name says")
         file.flush()
@@ -225,7 +243,8 @@ def _receive_file(source, frame, path):
 
 def _leave_with_caller():
     """End when standard input ends: `docker run` hands no SIGKILL of its own on."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # a buffered read would hold a lock that Python wants at its end
+        pass
     os._exit(1)
 
 
@@ -236,4 +255,5 @@ if __name__ == "__main__":
     try:
         act(HUB, *sys.argv[2:])
     except Exception as error:
-        sys.exit(f"{type(error).__name__}: {str(error).strip()}")
+        text = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        sys.exit(f"{text.rstrip('.')}. {NEXT.get(type(error).__name__, LATER)}")

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import struct
+import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from cluster.repository import ROOT
 from rehearsal import model
 from rehearsal.hosts import Host
 from rehearsal.shell import wait
@@ -82,8 +84,8 @@ class Hub:
         self.folder, self.model = folder, folder / NAME
         self.url = f"http://{host.address}:{PORT}"
         checkpoint(self.model, padding=padding)
-        words = (sys.executable, "-m", "tests.rehearsal.hub", str(folder), host.address, str(PORT))
-        self.process = host.popen(*words, cwd=Path(__file__).resolve().parents[2])
+        words = (sys.executable, __file__, str(folder), host.address, str(PORT))
+        self.process = host.popen(*words, env={"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
         assert wait(lambda: host.run("curl", "-sf", self.url).returncode == 0, 20)
         self.forget()
 

@@ -11,7 +11,7 @@ from rehearsal.shell import PATH, run, script, wait
 # sshd needs a folder below /run: it gets a /run of its own, with a disk that is full.
 _OWN_RUN = (
     "mount -t tmpfs rehearsal /run && mkdir /run/sshd /run/full && "
-    'mount -t tmpfs -o nr_inodes=1 rehearsal /run/full && exec "$@"'
+    'mount -t tmpfs -o nr_inodes=1,size=1m rehearsal /run/full && exec "$@"'
 )
 FULL = "/run/full/cache"
 
