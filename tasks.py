@@ -202,12 +202,32 @@ def plan(c: Context, model: str, max_len: Value = None) -> None:
 # --- Once ------------------------------------------------------------------------------------------------------------
 
 
-@verb(name="build-image", help={"base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)"})
-def build_image(c: Context, base_image: Value = None, tag: Value = None) -> None:
+@verb(name="build-image", help={
+    "base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)",
+    "ship": "then bring it to every worker, as ship-image does",
+})  # fmt: skip
+def build_image(c: Context, base_image: Value = None, tag: Value = None, ship: bool = False) -> None:
     """Build the image that every node runs."""
-    command = image.build_command(_settings(BASE_IMAGE=base_image, TAG=tag))
-    if not _dry(c, command):
+    from cluster import ship as others
+
+    settings = _settings(BASE_IMAGE=base_image, TAG=tag)
+    command = image.build_command(settings)
+    if not _dry(c, command, *(others.ship_commands(settings) if ship else ())):
         run(command)
+        if ship:
+            others.ship_image(settings)
+
+
+@verb(name="ship-image", help={
+    "model": START, "to": "ssh destinations, comma separated; without it every worker",
+})  # fmt: skip
+def ship_image(c: Context, model: Value = None, to: Value = None) -> None:
+    """Bring this node's image to every worker."""
+    from cluster import ship
+
+    settings = replace(_settings(model, WORKER_HOSTS=to), typed=("ship-image",))
+    if not _dry(c, *ship.ship_commands(settings)):
+        ship.ship_image(settings)
 
 
 @verb(help={
@@ -332,6 +352,6 @@ def _launcher(model: Model) -> Task:
 
 
 ns = Collection(
-    head, worker, launch, up, health, status, logs, stop, down, check, memory, cleanup, plan, build_image, weights,
-    token, watch, rehearse, suite, *(_launcher(model) for model in LISTED),
+    head, worker, launch, up, health, status, logs, stop, down, check, memory, cleanup, plan, build_image,
+    ship_image, weights, token, watch, rehearse, suite, *(_launcher(model) for model in LISTED),
 )  # fmt: skip

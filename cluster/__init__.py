@@ -6,7 +6,7 @@ they hold.
     repository command models settings notes         the files, the command lines, and what somebody has set
     links ports engine token node                    one node: its links, its Docker, its container with Ray
     image server served plan guards cleanup          the image, the server in the container, refusals, leftovers
-    detached remote transfer weights doctor          a node that outlives its terminal, nodes over ssh, bytes
+    detached remote transfer ship weights doctor     a node that outlives its terminal, nodes over ssh, bytes
     recorder                                         what every node's recorder has seen
     finding kv_cache memory options readings          what is found out before a model is loaded
     agreement                                        the nodes, compared

@@ -309,7 +309,7 @@ def pipe(command: Command, *, into: bool = False) -> Iterator[BinaryIO]:
     say(command.text)
     last: deque[str] = deque(maxlen=3)
     ends: dict[str, Any] = {} if command.feeds else {"stdin": subprocess.PIPE}
-    ends |= {} if into else {"stdout": subprocess.PIPE}
+    ends["stdout"] = sys.stderr or subprocess.DEVNULL if into else subprocess.PIPE
     child = _start(command, stderr=subprocess.PIPE, process_group=0, **ends)
     reader = _reader(child.stderr, last)
     end = child.stdin if into else child.stdout

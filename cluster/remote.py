@@ -50,6 +50,8 @@ def ssh_command(
 
 def _fast_link(settings: Settings, host: str) -> list[str]:
     """Return ssh's options for the address of a worker in SHIP_VIA, with the host key of the worker's own name."""
+    if "WORKER_HOSTS" in settings and settings.origin("WORKER_HOSTS").startswith("flag"):
+        return []  # --to names the destinations as they are
     names = settings.get("WORKER_HOSTS", settings["WORKER_IP"]).split(",")
     ways = settings.get("SHIP_VIA", settings["WORKER_IP"]).split(",")
     if host not in names or len(ways) != len(names) or (address := ways[names.index(host)]) in ("", host):

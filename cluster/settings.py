@@ -32,7 +32,7 @@ OF_ONE_NODE = (
     "WATCH_MAX",
 )
 FLAGS = {"MAX_MODEL_LEN": "--max-len", "HEAD_NODE_IP": "--head-ip", "BASE_IMAGE": "--base-image", "TAG": "--tag",
-         "REVISION": "--revision"}  # fmt: skip
+         "REVISION": "--revision", "WORKER_HOSTS": "--to"}  # fmt: skip
 DEFAULT_BASE_IMAGE, DEFAULT_IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3", "local/vllm-ray:26.05.post1"
 
 

@@ -49,10 +49,10 @@ class Bars:
     def lines(self) -> Iterator[str]:
         """Yield a line for each transfer: bytes, rate, and the time left."""
         for task in self.progress.tasks:
-            total = f" of {task.total / GB:.2f}" if task.total else ""
+            total = f" of {task.total / GB:.3f}" if task.total else ""
             rate = f", {task.speed / GB:.2f} GB/s" if task.speed else ""
             left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
-            yield f"{task.description}: {task.completed / GB:.2f}{total} GB{rate}{left}"
+            yield f"{task.description}: {task.completed / GB:.3f}{total} GB{rate}{left}"
 
 
 @contextmanager
