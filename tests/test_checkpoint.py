@@ -79,13 +79,19 @@ def damage(folder: Path, how: str) -> None:
         blob.symlink_to(folder.parents[1] / "elsewhere")
     elif how == "too long":
         blob.write_bytes(blob.read_bytes() + b"0" * 781)
+    elif how == "pointer":  # what git leaves without LFS
+        blob.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif how == "empty":
+        blob.write_bytes(b"")
     elif how == "cut":
         blob.write_bytes(blob.read_bytes()[:-1])
     elif how == "no config":
         (shard.parent / "config.json").unlink()
 
 
-@pytest.mark.parametrize("how", ["shard gone", "dangling", "outside", "too long", "cut", "no config"])
+@pytest.mark.parametrize(
+    "how", ["shard gone", "dangling", "outside", "too long", "cut", "pointer", "empty", "no config"]
+)
 def test_a_damaged_checkpoint_says_what_is_wrong(made, tmp_path, how):
     """A shard of another size than its header says is wrong, also without any record of its size."""
     at = tmp_path / "hub"
@@ -93,7 +99,7 @@ def test_a_damaged_checkpoint_says_what_is_wrong(made, tmp_path, how):
     damage(folder, how)
     told = weights.look(at, MODEL)
     name = "config.json" if how == "no config" else "model-00002-of-00003.safetensors"
-    if how in ("too long", "cut"):
+    if how in ("too long", "cut", "pointer", "empty"):
         assert told["wrong"][0].startswith(f"{name} has ") and not told["missing"]
         assert (at / told["bad"][0]).is_file()
     else:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 HUB = "/root/.cache/huggingface/hub"
 INDEX = "model.safetensors.index.json"
-# Copies of the same weights in other formats. vLLM loads safetensors if there are any (weight_utils.py).
-COPIES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*", "consolidated*")
+# Copies of the same weights in other formats. vLLM loads consolidated*.safetensors if the hub has any, else the other
+# safetensors, and only without them one of these (default_loader.py of 0.32).
+COPIES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
 # Files that a ship has begun. The hub's client leaves them alone.
 PART = ".ship.incomplete"
 CHUNK = 2**22
@@ -78,11 +79,12 @@ def look(hub, model, revision=""):
             weights |= {f"{shard[1]}-{number:05}-of-{shard[2]}.safetensors" for number in range(1, int(shard[2]) + 1)}
     if not any(name.endswith((".safetensors", ".bin", ".pt", ".gguf")) for name in files):
         weights |= {"model.safetensors"}
-    told["missing"] = sorted((missing | weights | {"config.json"} | sizes.keys()) - files.keys())
+    told["missing"] = sorted((missing | weights | (sizes.keys() or {"config.json"})) - files.keys())
     for name, size in files.items():
-        expected = sizes.get(name) or (name.endswith(".safetensors") and safetensors_size(snapshot / name)) or size
-        if size != expected:
-            told["wrong"].append(f"{name} has {size:,} bytes and should have {expected:,}")
+        tensors = safetensors_size(snapshot / name) if name.endswith(".safetensors") else None
+        if size != (expected := sizes.get(name, size if tensors is None else tensors)) or tensors == 0:
+            why = "and no header of a safetensors file" if tensors == 0 else f"and should have {expected:,}"
+            told["wrong"].append(f"{name} has {size:,} bytes {why}")
             told["bad"].append(str((snapshot / name).resolve().relative_to(Path(hub).resolve())))
     told["have"] = sum(files.values())
     told["total"] = sum(sizes.values()) or (max(total, told["have"]) if total or not told["missing"] else None)
@@ -139,7 +141,8 @@ def fetch(hub, model, revision):
     threading.Thread(target=progress, daemon=True).start()
     for name in sums:
         hf_hub_download(model, name, revision=info.sha, cache_dir=hub)
-    _write(folder / "refs" / (revision or "main"), info.sha)
+    if revision != info.sha:  # a commit needs no ref
+        _write(folder / "refs" / (revision or "main"), info.sha)
     _print(done=total, total=total, revision=info.sha)
 
 
