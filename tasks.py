@@ -171,6 +171,16 @@ def check(
     checks.tell_inspection(found, allowed)
 
 
+@verb(help={"model": MODEL, "json": JSON, "script": "print the lines that mend, as a shell script to read"})
+def doctor(c: Context, model: Value = None, json: bool = False, script: bool = False) -> None:
+    """Examine every host before anything runs there."""
+    from cluster import doctor as hosts
+
+    settings = _settings(model)
+    if not _dry(c, *hosts.doctor_commands(settings).values()):
+        raise Exit(code=hosts.report_hosts(settings, script, json))
+
+
 @verb(help={"csv": "a file to write the same to"})
 def memory(c: Context, csv: Value = None) -> None:
     """Print every node's available memory until Ctrl-C."""
@@ -352,6 +362,6 @@ def _launcher(model: Model) -> Task:
 
 
 ns = Collection(
-    head, worker, launch, up, health, status, logs, stop, down, check, memory, cleanup, plan, build_image,
+    head, worker, launch, up, health, status, logs, stop, down, check, doctor, memory, cleanup, plan, build_image,
     ship_image, weights, token, watch, rehearse, suite, *(_launcher(model) for model in LISTED),
 )  # fmt: skip

@@ -85,6 +85,13 @@ class Host(Engine):
             devices = folder / "infiniband" / cable.roce / "device/net"
             devices.mkdir(parents=True)
             (devices / cable.netdev).symlink_to(f"/sys/class/net/{cable.netdev}")
+            port = folder / "infiniband" / cable.roce / "ports/1"
+            for place in ("gids", "gid_attrs/types"):
+                (port / place).mkdir(parents=True)
+            if cable.subnet:
+                octets = bytes(map(int, f"{cable.subnet}.{self.number}".split("."))).hex(":", 2)
+                (port / "gids/3").write_text(f"{':'.join(['0000'] * 5)}:ffff:{octets}")
+                (port / "gid_attrs/types/3").write_text("RoCE v2")
 
 
 def connect(hosts: list[Host], *others: str) -> None:
