@@ -79,7 +79,7 @@ def launch(c: Context, model: str, max_len: Value = None, allow: Value = None, d
     allowed = checks.rule_names(allow)
     found = checks.inspect(settings, guards.before_launch(settings))
     checks.tell_inspection(found, allowed)
-    load.launch_model(found.settings, [one.address for one in found.nodes], detach)
+    load.launch_model(found.settings, [one.address for one in found.nodes], detach, found.offline)
 
 
 @verb(help=LOAD | {"fabric": FABRIC, "keep": "leave everything that has started, even if a later step fails"})

@@ -16,9 +16,11 @@ from cluster.engine import container_environment
 from cluster.finding import Finding, vllm_version
 from cluster.image import image_line
 from cluster.node import INSIDE
-from cluster.options import ask_inside
+from cluster.options import ask_inside, given_options
 from cluster.repository import repository_digest
-from cluster.settings import Settings
+from cluster.server import serve_words
+from cluster.settings import ModelSettings, Settings
+from cluster.transfer import GB
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -52,12 +54,14 @@ class Node:
         return None if isinstance(env, Unknown) else env.get(name)
 
 
-def ask_nodes(head: Container, names: Sequence[str] = ()) -> list[Node]:
-    """Return every alive node, the head first. names: the variables to ask besides vLLM's and NCCL's.
+def ask_nodes(head: Container, names: Sequence[str] = (), checkpoint: str = "", revision: str = "") -> list[Node]:
+    """Return every alive node, the head first.
+
+    names: the variables to ask besides vLLM's and NCCL's. checkpoint: that of the hub to look for in the caches.
 
     Raises Exit if Ray could not be asked.
     """
-    words = ("python3", f"{INSIDE}/probe.py", secrets.token_hex(16), *names)
+    words = ("python3", f"{INSIDE}/probe.py", secrets.token_hex(16), checkpoint, revision, *names)
     found = ask_inside(head, 30, lambda got: [Node(**one) for one in [got[0], *got[1:]] if dict(one["facts"])], *words)
     own = container_environment(head).get("VLLM_HOST_IP")
     return sorted(found, key=lambda node: (node.address != own, node.address))
@@ -73,7 +77,7 @@ def alive_addresses(head: Container, seconds: float) -> list[str]:
 PACKAGES = ("vllm", "ray", "python", "torch")
 # The rule that refuses a fact which could not be asked.
 RULE_OF = {
-    **{rule: rule for rule in ("gpus", "wrapper", "token", "image", "network", "links")},
+    **{rule: rule for rule in ("gpus", "wrapper", "token", "image", "network", "links", "weights")},
     "host": "hosts",
     **dict.fromkeys(("kernel", "driver", "cgroup driver"), "host-software"),
     "environment": "variables",
@@ -151,7 +155,7 @@ def _same(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
                 ours, theirs = shlex.split(here["words"]), shlex.split(there["words"])
                 here = shlex.join(word for word in ours if word not in theirs) or "nothing"
                 there = shlex.join(word for word in theirs if word not in ours) or "nothing"
-            copy = f"docker save {shlex.quote(settings['VLLM_IMAGE'])} | ssh {node.address} docker load"
+            copy = settings.line("ship-image")
             names = {"fact": fact, "head": head.address, "node": node.address, "copy": copy}
             text = sentence.format(here=here or "none", there=there or "none", **names)
             yield Finding(RULE_OF[fact], text, refuses=not warns)
@@ -313,3 +317,51 @@ def _gids(nodes: Sequence[Node], settings: Settings) -> Iterator[Finding]:
         told = ", ".join(place.format(kind) for place, kind in types.items())
         text = f"NCCL_IB_GID_INDEX names no GID, or GIDs of two types: {told}. Take it out of .env, so that NCCL "
         yield Finding("gid", f"{text}chooses; then type {_lines_anew(settings)}")
+
+
+# --- The weights ------------------------------------------------------------------------------------------------------
+
+
+def asks_hub(settings: ModelSettings) -> bool:
+    """Whether vLLM looks for the model in the cache of the hub: not for a folder, and not for dummy weights."""
+    options = dict(given_options(serve_words(settings)))
+    return not settings["MODEL_CKPT"].startswith("/") and options.get("--load-format") != ["dummy"]
+
+
+def weights_findings(nodes: Sequence[Node], settings: ModelSettings, expected: float = 0) -> Iterator[Finding]:
+    """Refuse caches that are damaged or have two revisions. Warn of nodes on which vLLM would download the weights.
+
+    expected: the bytes of all weights, if no node knows them.
+    """
+    if not asks_hub(settings):
+        return
+    told = [(node, one) for node, one in _told(nodes, "weights") if one]  # None: of a folder nothing was asked
+    line = settings.line("weights")
+    for node, one in told:
+        if bad := [*one["wrong"], *(f"{name} is missing" for name in one["missing"])]:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            yield Finding("weights", f"{node.address}: {'; '.join(bad[:3])}{more}. Type: {line}")
+    found = {one["revision"]: node.address for node, one in told if one["revision"]}
+    if len(found) > 1:
+        text = ", ".join(f"{address} has {revision:.12}" for revision, address in found.items())
+        yield Finding("weights", f"Two revisions of {settings['MODEL_CKPT']}: {text}. Type: {line}")
+    if absent := [node.address for node, one in told if not one["revision"]]:
+        size = max((one["total"] or 0 for _, one in told), default=0) or expected
+        much = f"about {size / GB:.0f} GB" if size else "the weights"
+        text = f"vLLM will download {much} on {', '.join(absent)} while it loads. Before that, with a bar, once: {line}"
+        yield Finding("weights", text, refuses=False)
+
+
+def whole_everywhere(nodes: Sequence[Node], settings: ModelSettings) -> bool:
+    """Whether vLLM needs no hub, because every node has all files of one revision.
+
+    A word of SERVE_EXTRA with a slash may name another model, such as a drafter, which vLLM would download.
+    """
+    told = [one for _, one in _told(nodes, "weights") if one and one["revision"]]
+    return (
+        asks_hub(settings)
+        and len(told) == len(nodes) > 0
+        and len({one["revision"] for one in told}) == 1
+        and not any(one["missing"] or one["wrong"] for one in told)
+        and "/" not in settings["SERVE_EXTRA"]
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from invoke import Exit
 
-from cluster.agreement import Node, ask_nodes, find_disagreements, worker_line
+from cluster.agreement import Node, ask_nodes, find_disagreements, weights_findings, whole_everywhere, worker_line
 from cluster.command import say
 from cluster.fabric import ask_fabric, fabric_findings, fabric_summary, link_rate
 from cluster.finding import Finding
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RULES = (
     "nodes", "hosts", "gpus", "wrapper", "variables", "token", "image", "versions", "rdma", "memlock", "nic-lists",
     "network", "links", "mtu", "link-count", "subnets", "gid", "host-software", "memory-unknown", "memory-floor",
-    "memory-low", "memory-context", "memory-sequences", "memory-batched", "page-cache", "options", "fabric",
+    "memory-low", "memory-context", "memory-sequences", "memory-batched", "page-cache", "weights", "options", "fabric",
 )  # fmt: skip
 
 # The memory of a node as it is now: the label in the table, and the field of NodeMemory.
@@ -47,6 +47,11 @@ class Inspection:
     findings: Sequence[Finding]
     said: Sequence[str] = ()
 
+    @property
+    def offline(self) -> bool:
+        """Whether the server may start without the hub."""
+        return whole_everywhere(self.nodes, self.settings)
+
 
 def inspect(settings: ModelSettings, head: Container) -> Inspection:
     """Ask the image and every node, and compute the memory. Raises Exit if the image or Ray could not be asked."""
@@ -55,7 +60,7 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
     server = ask_server(head)
     if not (server and server.alive):
         settle()
-    nodes = ask_nodes(head, settings.forward)
+    nodes = ask_nodes(head, settings.forward, settings["MODEL_CKPT"], settings["REVISION"])
     found = [*lacking, *find_disagreements(nodes, settings)]
     memory = [node_memory(node) for node in nodes if "unknown" not in node.facts]  # the rule `nodes` refuses that one
     budgets: Sequence[Budget] = ()
@@ -73,6 +78,8 @@ def inspect(settings: ModelSettings, head: Container) -> Inspection:
         cache = Path(mounts(settings)[HF_CACHE])
         budgets, short = memory_budgets(settings, memory, known.vllm, cache, loads_here(settings, head))
         found, said = [*found, *short], [*said, *beyond_limit(settings, cache)]
+    size = max((one.weights * settings.world_size() for one in budgets), default=0)
+    found += weights_findings(nodes, settings, size)
     return Inspection(settings, nodes, budgets, sorted(found, key=lambda one: RULES.index(one.rule)), said)
 
 

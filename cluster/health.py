@@ -152,7 +152,8 @@ def judge(seen: Seen, *, hang: float, stall: float) -> Verdict:
         if recorded and (quiet := recorded.quiet(*LOAD)) >= stall:
             why = f"The server does not listen. For {quiet:.0f} s (STALL_S: {stall:g}) neither log nor memory moved."
             return Verdict(State.HUNG, why, "inv logs; then: inv stop")
-        return Verdict(State.LOADING, "The server lives and does not listen yet.", "inv logs --follow")
+        fetched = f" vLLM downloads the weights: {recorded.downloads}." if recorded and recorded.downloads else ""
+        return Verdict(State.LOADING, f"The server lives and does not listen yet.{fetched}", "inv logs --follow")
     said = f"The API answers {answer.status or 'nothing'}: {answer.text[:200]}"
     if answer.status is None or answer.status < 500:
         return Verdict(State.UNKNOWN, said, "inv logs")

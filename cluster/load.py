@@ -116,14 +116,15 @@ class Progress:
 # --- Following a load ------------------------------------------------------------------------------------------------
 
 
-def launch_model(settings: ModelSettings, addresses: Iterable[str], detached: bool) -> None:
+def launch_model(settings: ModelSettings, addresses: Iterable[str], detached: bool, offline: bool = False) -> None:
     """Start the server and follow its log. Ctrl-C stops the server; a lost terminal does not.
 
-    addresses: those of Ray's nodes. detached: return at once instead. Raises Exit when the server has ended.
+    addresses: those of Ray's nodes. detached: return at once instead. offline: the server needs no hub. Raises Exit
+    when the server has ended.
     """
     server.prepare(settings)
     try:
-        server.begin(settings)
+        server.begin(settings, offline)
         note_load(settings)
         if not detached:
             follow_load(settings, addresses, stay=True)
@@ -209,8 +210,9 @@ class Load:
         begun, stuck, unguarded = time.monotonic(), False, False
         while not self.is_up():
             began = self.read_log()
-            self.progress.show(str(self.phase), began)
             seen = read_recorded(self.settings)
+            fetched = f", vLLM downloads the weights: {seen.downloads}" if seen and seen.downloads else ""
+            self.progress.show(f"{self.phase}{fetched}", began)
             if not stuck and seen and seen.quiet(*LOAD) >= int(self.settings["STALL_S"]):
                 stuck = True
                 limit = f"{self.settings['STALL_S']} s (STALL_S)"

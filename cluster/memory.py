@@ -29,15 +29,15 @@ MEASURED = {"weights": None, "mtp_weights": 0, "activations": None, "mtp_activat
 # --- The model -------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_folder(hf_cache: Path, checkpoint: str) -> Path | None:
-    """Return the checkpoint's folder on this host: for a path that path, otherwise the snapshot in refs/main."""
+def checkpoint_folder(hf_cache: Path, checkpoint: str, revision: str = "") -> Path | None:
+    """Return the checkpoint's folder on this host: for a path that path, otherwise the snapshot of the revision."""
     if checkpoint.startswith("/"):
         return Path(checkpoint.replace(f"{HF_CACHE}/", f"{hf_cache}/", 1))
-    folder = hf_cache / "hub" / f"models--{checkpoint.replace('/', '--')}"
+    folder, name = hf_cache / "hub" / f"models--{checkpoint.replace('/', '--')}", revision or "main"
     try:
-        return folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+        return folder / "snapshots" / (folder / "refs" / name).read_text().strip()
     except (OSError, UnicodeDecodeError):
-        return None
+        return folder / "snapshots" / name if (folder / "snapshots" / name).is_dir() else None
 
 
 def read_model(profile: Path, folder: Path | None = None) -> tuple[Shape | None, dict[str, int | None], str]:
@@ -292,7 +292,7 @@ def _figures(settings: ModelSettings, hf_cache: Path | None) -> tuple[Path, Path
     model, checkpoint = settings.model, settings["MODEL_CKPT"]
     own = checkpoint in [read_values(file).get("MODEL_CKPT") for file in model.profiles]
     file = f"{model.folder}/{model.size}.json" if own else f"{model.folder}/{checkpoint.replace('/', '--')}.json"
-    return ROOT / file, checkpoint_folder(hf_cache, checkpoint) if hf_cache else None
+    return ROOT / file, checkpoint_folder(hf_cache, checkpoint, settings["REVISION"]) if hf_cache else None
 
 
 def memory_findings(budget: Budget, settings: ModelSettings) -> list[Finding]:

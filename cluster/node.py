@@ -129,7 +129,8 @@ def node_environment(settings: Settings, net: Network) -> dict[str, str]:
     else:
         env["NCCL_IB_DISABLE"] = "1"
         env["UCX_NET_DEVICES"] = sockets
-    for name in ("NCCL_IB_GID_INDEX", "NCCL_DEBUG", "NCCL_DEBUG_SUBSYS"):
+    # A rank reads HF_ENDPOINT when it starts, before vLLM hands the head's variables on.
+    for name in ("NCCL_IB_GID_INDEX", "NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "HF_ENDPOINT"):
         if value := settings.get(name):
             env[name] = value
     return env | {name: settings[name] for name in settings.forward if name not in env}

@@ -22,7 +22,7 @@ from cluster.settings import Settings
 # The recorder writes each second. A node that does not answer makes a look three seconds longer.
 FRESH_S = 10
 # The things that move while a model is loaded, and while it compiles kernels for the first request. See Recorded.quiet.
-LOAD = ("log", "memory", "server_cpu", "cpu", "gpu")
+LOAD = ("log", "memory", "server_cpu", "cpu", "gpu", "download")
 FIRST = ("counters", "cpu", "gpu")
 GIB = 2**30
 
@@ -54,6 +54,12 @@ class Recorded:
     @property
     def ranks(self) -> int:
         return sum(facts["ranks"] for facts in self.nodes.values() if facts)
+
+    @property
+    def downloads(self) -> str:
+        """The bytes of the model that each node has while vLLM downloads it; nothing if no node downloads."""
+        sizes = {address: facts.get("downloaded") for address, facts in self.nodes.items() if facts}
+        return ", ".join(f"{address} {size / 10**9:.1f} GB" for address, size in sizes.items() if size)
 
     @property
     def work(self) -> Sequence[str]:

@@ -43,9 +43,13 @@ def fetch_commands(settings: ModelSettings) -> list[Command]:
     return [_with_secrets(settings, ["HF_TOKEN"], "fetch", lines)] if lines else []
 
 
-def start_command(settings: ModelSettings) -> Command:
-    """Start the server, and come back at once."""
-    return _with_secrets(settings, SECRETS, "start", render(settings.model.serve, **serve_values(settings)))
+def start_command(settings: ModelSettings, offline: bool = False) -> Command:
+    """Start the server, and come back at once.
+
+    offline: vLLM replaces the name of the model by the folder of its snapshot, so no rank asks the hub.
+    """
+    lines = render(settings.model.serve, **serve_values(settings))
+    return _with_secrets(settings, SECRETS, "start", lines, ["HF_HUB_OFFLINE=1"] if offline else [])
 
 
 def recorder_command(settings: Settings) -> Command:
@@ -70,21 +74,23 @@ def launch_commands(settings: ModelSettings, detached: bool = False) -> list[Com
     return begin if detached else [*begin, follow_command()]
 
 
-def _exec(sub_command: str, words: Sequence[str] = (), secrets: Sequence[str] = ()) -> Lines:
+def _exec(sub_command: str, words: Sequence[str] = (), variables: Sequence[str] = ()) -> Lines:
     names = {"container": CONTAINER, "script": f"{INSIDE}/serve.sh"}
-    return render("server_exec.j2", sub_command=sub_command, words=words, secrets=secrets, **names)
+    return render("server_exec.j2", sub_command=sub_command, words=words, variables=variables, **names)
 
 
-def _with_secrets(settings: Settings, secrets: Sequence[str], sub_command: str, lines: Lines) -> Command:
+def _with_secrets(
+    settings: Settings, secrets: Sequence[str], sub_command: str, lines: Lines, plain: Sequence[str] = ()
+) -> Command:
     """Pass the model's line to serve.sh, and these secrets by name."""
     given = {name: settings[name] for name in secrets if settings.get(name)}
     needs = [name for name in secrets if name in settings["REQUIRED_SECRETS"].split()]
-    return Command(_exec(sub_command, secrets=secrets) + lines, "head", needs=needs, secrets=given)
+    return Command(_exec(sub_command, variables=[*secrets, *plain]) + lines, "head", needs=needs, secrets=given)
 
 
 def fed(sub_command: str, container: str | None = CONTAINER) -> Command:
     """Pass serve.sh through standard input, because a container of an earlier version does not have it."""
-    lines = render("server_exec.j2", container=container, script="-s", sub_command=sub_command, words=(), secrets=())
+    lines = render("server_exec.j2", container=container, script="-s", sub_command=sub_command, words=(), variables=())
     return Command(lines, "head", feeds=ROOT / "cluster/inside/serve.sh")
 
 
@@ -106,10 +112,10 @@ def prepare(settings: ModelSettings) -> None:
         say(f"The reasoning parser is here, from commit {commit.splitlines()[-1] if commit else 'unknown'}.")
 
 
-def begin(settings: ModelSettings, started: Callable[[], None] = lambda: None) -> None:
+def begin(settings: ModelSettings, offline: bool, started: Callable[[], None] = lambda: None) -> None:
     """Start the server and its recorder, and come back at once. started: called once there is a server to stop."""
     with held():  # a signal between the two would leave a server whose memory nobody guards
-        run(start_command(settings), whole=True)
+        run(start_command(settings, offline), whole=True)
         started()
         run(recorder_command(settings), whole=True)
 

@@ -90,7 +90,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
             found = _check_nodes(settings, head, allowed, fabric)
             settings, addresses, since = found.settings, [one.address for one in found.nodes], None
             server.prepare(settings)
-            server.begin(settings, lambda: setattr(started, "server", True))
+            server.begin(settings, found.offline, lambda: setattr(started, "server", True))
             readings.note_load(settings)
         load.follow_load(settings, addresses, since=since)
     say("To see how the cluster is: inv health, inv status; the log: inv logs --follow; to take all down: inv down")

@@ -17,7 +17,7 @@ from cluster.settings import load_settings
 
 GIB = 2**30
 MEMORY = {"MemTotal": 120, "MemAvailable": 20, "MemFree": 13, "Cached": 7, "SwapTotal": 16, "SwapFree": 12}
-FACTS = {"memory": {name: size * GIB for name, size in MEMORY.items()}, "gpus": [{"memory": None}]}
+FACTS = {"memory": {name: size * GIB for name, size in MEMORY.items()}, "gpus": [{"memory": None}], "weights": None}
 WORDS = ("vllm", "serve", "x", "--gpu-memory-utilization", "0.75")
 SERVED = SimpleNamespace(alive=True, model="nemotron-3", context=131072, world_size=2, words=WORDS)
 

@@ -183,7 +183,7 @@ for each in told.values():
     each["environment"] = {name: settings[name] for name in settings.forward} | each["environment"]
 check.known_options = lambda *_: Known("0.31.0", {})
 check.gated = lambda settings, *_: (settings, (), ())
-check.ask_nodes = lambda head, names: [agreement.Node(*each.split(), 1, told[each]) for each in told]
+check.ask_nodes = lambda head, *_: [agreement.Node(*each.split(), 1, told[each]) for each in told]
 check.ask_server, check.settle = lambda _: None, lambda: None
 agreement.repository_digest = lambda: "0123"
 print(check.as_json(check.inspect(settings, SimpleNamespace(image=SimpleNamespace(id="a")))))
@@ -194,6 +194,7 @@ TOLD = {
     "wrapper": {"sha256": "a", "words": "docker run ursa/vllm:2"},
     "image": "sha256:aa base@sha256:bb",
     "token": None,
+    "weights": None,
     **dict.fromkeys(("python", "ray", "vllm", "torch"), "0.31.0"),
     "infiniband": ["uverbs0"],
     "memlock": -1,

@@ -58,7 +58,7 @@ def test_a_ray_of_another_version(start):
     """The sentence has the versions of both sides, and the line that copies the head's image."""
     assert start(MISMATCH) == (
         "ray start\nThe head (10.0.0.1) has Ray 2.60.0 and Python 3.12.3, and the image of this node has Ray 2.58.0 "
-        f"and Python 3.11.2. Type on the head: docker save 'local/a b:1' | ssh 10.0.0.2 docker load. {AGAIN}"
+        f"and Python 3.11.2. Type on the head: VLLM_IMAGE='local/a b:1' inv ship-image --to 10.0.0.2. {AGAIN}"
     )
 
 

@@ -41,7 +41,7 @@ def fake_ray(wait=lambda *_, **__: None, nodes=()):
     made.wait, made.get, made.nodes, made.init = wait, get, lambda: nodes, lambda **_: None
     made.remote = lambda **_: (
         lambda actor: SimpleNamespace(
-            options=lambda scheduling_strategy: SimpleNamespace(remote=lambda: (actor, scheduling_strategy))
+            options=lambda scheduling_strategy: SimpleNamespace(remote=lambda *_: (actor, scheduling_strategy))
         )
     )
     return made
@@ -203,7 +203,19 @@ def test_ranks_are_known_by_their_titles(recorder):
     for number, name in enumerate(names):
         recorder.psutil.add(10 + number, name, spent=1.5)
     told = recorder.Gauge().look()
-    assert told == LINE | {"ranks": 2, "cpu": 3.0, "compilers": 0, "gpu": None, "down": []}
+    assert told == LINE | {"ranks": 2, "cpu": 3.0, "compilers": 0, "gpu": None, "down": [], "downloaded": None}
+
+
+def test_a_download_is_told_with_its_bytes(recorder, tmp_path, monkeypatch):
+    """While a file is under way the whole model counts: what has its name, and what has not."""
+    monkeypatch.setattr(recorder, "HUB", str(tmp_path))
+    blobs = tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "done").write_bytes(b"0" * 70)
+    gauge = recorder.Gauge("a/b")
+    assert gauge.downloaded() is None
+    (blobs / "next.1234.incomplete").write_bytes(b"0" * 7)
+    assert gauge.downloaded() == 77
 
 
 @pytest.mark.parametrize("age", [2.1, -2.1, None])
@@ -543,7 +555,7 @@ def test_half_an_answer_does_not_end_the_reading(followed):
 def node(**other):
     """What a node's gauge says while the node idles."""
     memory = LINE | {"available": 20 * GIB, "lowest": other.get("available", 20 * GIB)}
-    return memory | {"ranks": 1, "cpu": 5.0, "compilers": 0, "gpu": 0, "down": []} | other
+    return memory | {"ranks": 1, "cpu": 5.0, "compilers": 0, "gpu": 0, "down": [], "downloaded": None} | other
 
 
 def two(**other):
@@ -577,7 +589,7 @@ def work():
 def test_a_cluster_on_which_nothing_moves_is_still(noted):
     """Everything that `health` judges is noted. On idle nodes it stands still, even without a log or a server."""
     found = noted(*[two()] * 5)
-    nodes = {f"{thing} {address}" for thing in ("cpu", "compiler", "memory") for address in BOTH}
+    nodes = {f"{thing} {address}" for thing in ("cpu", "compiler", "memory", "download") for address in BOTH}
     assert set(found) == {*nodes, "gpu", "log", "server_cpu", "api_cpu"} and set(found.values()) == {20}
     assert {*work(), *LOAD} - {name.partition(" ")[0] for name in found} == {"counters"}
 
@@ -590,9 +602,10 @@ def test_a_cluster_on_which_nothing_moves_is_still(noted):
         ({"cpu 10.0.0.2"}, two(cpu=1.0)),
         ({"compiler 10.0.0.2"}, two(compilers=0.5)),
         ({"gpu"}, two(gpu=5)),
+        ({"download 10.0.0.2"}, two(downloaded=1)),
         ({"cpu 10.0.0.2", "memory 10.0.0.2"}, {BOTH[0]: node(), BOTH[1]: None}),
     ],
-    ids=["memory", "cpu", "rank ended", "compiler", "gpu", "no answer"],
+    ids=["memory", "cpu", "rank ended", "compiler", "gpu", "download", "no answer"],
 )
 def test_one_node_that_moves_is_noted(things, last, noted):
     """A move of one node is enough. A node that does not answer counts as still for its compilers alone."""
@@ -658,7 +671,7 @@ def recorded(recorder, clock, monkeypatch, tmp_path, capsys):
             clock.sleep(seconds)
             return (left or gone).pop(0) if method == "look" else lines
 
-        monkeypatch.setattr(recorder, "start_gauges", lambda: gauges or dict.fromkeys(BOTH))
+        monkeypatch.setattr(recorder, "start_gauges", lambda *_: gauges or dict.fromkeys(BOTH))
         monkeypatch.setattr(recorder, "ask", ask)
         quiet = {"counters": 45, "waiting": 30}
         counters = SimpleNamespace(seconds=lambda: quiet, running=3, answered=True, lines=api)
@@ -861,7 +874,7 @@ def test_the_memory_before_the_launch_outlives_a_recorder(recorded, tmp_path):
 
 def test_each_line_of_memory_is_json(recorder, monkeypatch, capsys):
     """`inv memory` reads a line for each look. The script ends when its standard input is closed."""
-    monkeypatch.setattr(recorder, "start_gauges", lambda: dict.fromkeys(BOTH))
+    monkeypatch.setattr(recorder, "start_gauges", lambda *_: dict.fromkeys(BOTH))
     monkeypatch.setattr(recorder, "ask", lambda *_: {BOTH[0]: LINE | {"available": 7}, BOTH[1]: None})
     waits = iter([[], [sys.stdin]])
     monkeypatch.setattr(recorder.select, "select", lambda *_: (next(waits), [], []))

@@ -47,6 +47,7 @@ DEVICES = {
     for name, (netdev, network) in LINKS.items()
 }
 FACTS = {
+    "weights": None,
     "host": "boot/1",
     "gpus": [{"name": "NVIDIA GB10", "memory": None, "driver": "580.95.05"}],
     "wrapper": {"sha256": "a", "words": "docker run --rm image:1"},
@@ -285,7 +286,7 @@ def test_a_remedy_has_whole_lines_and_the_place_of_each(typed, anew, missing, op
 def test_another_build_of_one_base_is_a_warning(found):
     """The warning has the line that copies the head's image."""
     (said,) = found(image="sha256:cc base@sha256:bb")
-    assert not said.refuses and "docker save local/vllm-ray:26.05.post1 | ssh 10.0.0.2 docker load" in said.text
+    assert not said.refuses and "inv ship-image --model nemotron" in said.text
 
 
 def test_images_without_a_known_base_are_refused(found):
@@ -375,3 +376,59 @@ def test_the_gpus_of_a_node(line, memory, power, operator):
     (gpu,) = runpy.run_path(str(ROOT / "cluster/inside/probe.py"))["gpus"]()
     assert (gpu["memory"], gpu["power_w"]) == (memory, power)
     assert {"name", "driver", "clock_mhz", "temperature_c"} < set(gpu) and None not in (gpu["name"], gpu["driver"])
+
+
+# --- The weights ------------------------------------------------------------------------------------------------------
+
+
+def cached(revision="c" * 40, **changed) -> dict:
+    whole = {"revision": revision, "files": {}, "missing": [], "wrong": [], "bad": [], "parts": {}, "have": 75 * 10**9}
+    return whole | {"total": 75 * 10**9, "unfinished": 0, "free": 10**12} | changed
+
+
+def caches(*told, **shell) -> tuple[list, bool]:
+    settings = load_settings(find_model("nemotron"), shell={"ENV_FILE": "", **shell})
+    nodes = [Node(f"10.0.0.{at}", f"spark-{at}", 1, {"weights": one}) for at, one in enumerate(told, 1)]
+    found = agreement.weights_findings(nodes, settings, 80e9)
+    return [(one.refuses, one.text) for one in found], agreement.whole_everywhere(nodes, settings)
+
+
+def test_weights_that_are_whole_on_every_node_need_no_hub():
+    """Every rank then starts offline. A word that may name another model keeps the hub reachable."""
+    assert caches(cached(), cached()) == ([], True)
+    assert caches(cached(), cached(), SERVE_EXTRA="--speculative-config {'model':'a/b'}") == ([], False)
+    assert caches(cached(), {"unknown": "PermissionError"}) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("there", "text"),
+    [
+        (cached(missing=["model-2.safetensors"]), "10.0.0.2: model-2.safetensors is missing. Type: "),
+        (
+            cached(wrong=["a has 1 bytes and should have 2"]),
+            "10.0.0.2: a has 1 bytes and should have 2. Type: ",
+        ),
+        (
+            cached("d" * 40),
+            "Two revisions of nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4: 10.0.0.1 has ccc",
+        ),
+    ],
+    ids=["missing", "wrong size", "another revision"],
+)
+def test_a_damaged_cache_refuses(there, text):
+    """vLLM would stop in the middle of the load, or its ranks would serve different weights."""
+    ((refuses, said),), offline = caches(cached(), there)
+    assert refuses and said.startswith(text) and "inv weights --model nemotron" in said and not offline
+
+
+@pytest.mark.parametrize(("here", "size"), [(cached(), "75 GB"), (cached(None, total=None), "80 GB")])
+def test_weights_that_are_not_there_are_a_warning_with_their_size(here, size):
+    """vLLM would download them inside the load. The size comes from another node, or from the profile."""
+    ((refuses, said),), offline = caches(here, cached(None, total=None))
+    assert not refuses and f"vLLM will download about {size} on 10.0.0" in said and not offline
+
+
+def test_dummy_weights_and_folders_are_exempt():
+    """Nothing is downloaded for them."""
+    for shell in ({"SERVE_EXTRA": "--load-format dummy"}, {"MODEL_CKPT": "/models/x"}):
+        assert caches(cached(None), cached(None), **shell) == ([], False)

@@ -119,7 +119,7 @@ def site(operator, tmp_path):
     def bring_node_up(*_):
         return None if made.head else made.step("head") or ID
 
-    def begin(_, started):
+    def begin(_, offline, started):
         with held():
             made.step("server")
             started()
@@ -128,7 +128,7 @@ def site(operator, tmp_path):
     def container():
         return made.container() if made.head or "head" in made.did else None
 
-    found = SimpleNamespace(settings=settings, nodes=[SimpleNamespace(address="10.0.0.1")], findings=[])
+    found = SimpleNamespace(settings=settings, nodes=[SimpleNamespace(address="10.0.0.1")], findings=[], offline=False)
     for module, name, stub in (
         (repository, "repository_digest", lambda: "SHA256"),
         (detached, "bring_node_up", bring_node_up),

@@ -178,7 +178,7 @@ def test_a_signal_while_the_server_starts_waits_for_its_recorder(number, stubs, 
     before = signal.signal(number, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            server.begin(_settings("qwen-30b", sysfs(), **KEYS))
+            server.begin(_settings("qwen-30b", sysfs(), **KEYS), offline=False)
     finally:
         signal.signal(number, before)
     commands = server.launch_commands(_settings("qwen-30b", sysfs(), **KEYS), detached=True)

@@ -1,8 +1,8 @@
-"""Print the facts of every node as JSON: probe.py KEY NAME..., in the head's container.
+"""Print the facts of every node as JSON: probe.py KEY MODEL REVISION NAME..., in the head's container.
 
-`probe.py --here KEY NAME...` prints the facts of this machine, and needs neither Ray nor a container. The environment
-has vLLM's and NCCL's variables, and the variables called NAME. A secret is printed as its hash with KEY. A fact that
-cannot be asked is {"unknown": REASON}, so that no rule takes it for fine.
+The environment has vLLM's and NCCL's variables, and the variables called NAME. A secret is printed as its hash with
+KEY. MODEL is the checkpoint to look for in the cache, if it is one of the hub. A fact that cannot be asked is
+{"unknown": REASON}, so that no rule takes it for fine.
 """
 
 import fcntl
@@ -118,7 +118,14 @@ def devices():
     return told
 
 
-def facts(key, names):
+def checkpoint(model, revision):
+    """Return what weights.look says of the cache; None for a model that is a folder."""
+    import weights
+
+    return None if model.startswith("/") or not model else weights.look(weights.HUB, model, revision)
+
+
+def facts(key, model, revision, names):
     env, told = os.environ, {}
     asked = {
         # Stand-in hosts share a boot id. Their network namespaces differ, as those of two machines do.
@@ -139,6 +146,7 @@ def facts(key, names):
         "network": lambda: network(env["TP_SOCKET_IFNAME"]),
         "links": links,
         "devices": devices,
+        "weights": lambda: checkpoint(model, revision),
         "kernel": platform.release,
         "driver": lambda: told["gpus"][0]["driver"],
         "cgroup driver": lambda: env["NODE_RAY_CGROUP_DRIVER"],
@@ -153,17 +161,17 @@ def facts(key, names):
 class Asker:
     # Ray starts one process on each node for an actor and two for a task. A probe takes little longer than their start.
 
-    def facts(self, key, names):
-        return facts(key, names)
+    def facts(self, *asked):
+        return facts(*asked)
 
 
-def every_node(key, names):
+def every_node(*asked):
     import every
     import ray
 
     actor, nodes = ray.remote(num_cpus=0)(Asker), every.nodes()
     askers = [actor.options(**every.pinned(node)).remote() for node in nodes]
-    answers = every.gather({number: asker.facts.remote(key, names) for number, asker in enumerate(askers)}, SECONDS)
+    answers = every.gather({number: asker.facts.remote(*asked) for number, asker in enumerate(askers)}, SECONDS)
     for node, told in zip(nodes, answers.values(), strict=True):
         yield {
             "address": node["NodeManagerAddress"],
@@ -174,7 +182,4 @@ def every_node(key, names):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--here":
-        print(json.dumps(facts(sys.argv[2], sys.argv[3:])))
-    else:
-        print(json.dumps(list(every_node(sys.argv[1], sys.argv[2:]))))
+    print(json.dumps(list(every_node(*sys.argv[1:4], sys.argv[4:]))))

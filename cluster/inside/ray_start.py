@@ -15,7 +15,7 @@ def refusal(said, env):
     elif "Version mismatch" in said and len(found := re.findall(r"(Ray: \S+)\s+(Python: \S+)", said)) == 2:
         theirs, ours = (" and ".join(pair).replace(":", "") for pair in found)
         what = f"{theirs}, and the image of this node has {ours}"
-        todo = f"docker save {shlex.quote(shlex.split(env['NODE_RAY_WRAPPER'])[-1])} | ssh {own} docker load"
+        todo = f"VLLM_IMAGE={shlex.quote(shlex.split(env['NODE_RAY_WRAPPER'])[-1])} inv ship-image --to {own}"
     else:
         return None
     return f"The head ({head}) has {what}. Type on the head: {todo}. Then bring this node up again."

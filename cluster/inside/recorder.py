@@ -83,7 +83,8 @@ def compiler_time(processes):
 
 
 class Gauge:
-    def __init__(self):
+    def __init__(self, model=""):
+        self.blobs = f"{HUB}/models--{(model or '').replace('/', '--')}/blobs/*"
         names = ",".join(os.environ.get(name, "") for name in ("NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")).split(",")
         # A RoCE device carries data whether or not its interface has an address.
         for hca in filter(None, os.environ.get("NCCL_IB_HCA", "").split(",")):
@@ -109,8 +110,17 @@ class Gauge:
             "cpu": processor_time(ranks),
             "compilers": compiler_time(ranks),
             "gpu": self.gpu,
+            "downloaded": self.downloaded(),
             "down": [name for name in self.interfaces if name not in links or not links[name].isup],
         }
+
+    def downloaded(self):
+        """Return the bytes of the model in the cache while vLLM downloads it; None if no file is under way."""
+        sizes = {}
+        for name in glob.glob(self.blobs):
+            with contextlib.suppress(OSError):  # a file that gets its final name at this moment
+                sizes[name] = os.path.getsize(name)
+        return sum(sizes.values()) if any(name.endswith(".incomplete") for name in sizes) else None
 
     def evict(self, model):
         """Drop from the page cache the shards of the model that the ranks here have read. vLLM reads them by name.
@@ -139,11 +149,11 @@ class Gauge:
             time.sleep(GPU_S)
 
 
-def start_gauges():
+def start_gauges(model=""):
     """Start a gauge on every node; return the gauges by address. Ray restarts a gauge that has died."""
     # Two threads, because an eviction may take longer than a look.
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=2)(Gauge)
-    gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote() for node in every.nodes()}
+    gauges = {node["NodeManagerAddress"]: actor.options(**every.pinned(node)).remote(model) for node in every.nodes()}
     ask(gauges, "memory", 30)  # the start of their processes takes longer than a look
     return gauges
 
@@ -186,6 +196,7 @@ class Stillness:
         for address, node in nodes.items():
             self.see(f"memory {address}", node and node["available"], MOVED_BYTES)
             self.see_cpu(f"cpu {address}", node and node["cpu"])
+            self.see(f"download {address}", (node and node.get("downloaded")) or 0, 1)
             compiler = f"compiler {address}"
             # A node that does not answer shows no compiler at work, so here a missing answer counts as standing still.
             self.see_cpu(compiler, node["compilers"] if node else self.marks.get(compiler, (0, 0))[0])
@@ -322,7 +333,7 @@ def record(pid_file, folder, url, floor, drop):
     lows, last, silent, evicting, model = {}, {}, {}, {}, None
     with contextlib.suppress(OSError, IndexError), open(f"{pid_file.removesuffix('.pid')}.words") as opened:
         model = opened.read().splitlines()[2]  # vllm serve MODEL; a server that is being stopped has no words
-    still, counters, gauges = Stillness(), Counters(url), start_gauges()
+    still, counters, gauges = Stillness(), Counters(url), start_gauges(model)
     before = {address: told["available"] for address, told in ask(gauges, "memory").items() if told}
     with contextlib.suppress(OSError, ValueError, KeyError), open(f"{folder}/vitals.json") as opened:
         earlier = json.load(opened)  # by an earlier recorder of the same server, when the ranks had no memory yet
