@@ -241,7 +241,7 @@ class Settings(Mapping[str, str]):
         The shell's settings stand before it, but no secret, and for a node elsewhere nothing that belongs to this
         node. `up` brings up every node, so it does for head and worker.
         """
-        same = not task or self.typed[0] == "up"
+        same = not task or (self.typed[0] == "up" and task in ("head", "worker", "launch"))
         shell = {name: self.found[name].text for name in sorted(self) if self.origin(name) == "shell"}
         flags = {name: one.text for name, one in self.found.items() if same and one.origin.startswith("flag ")}
         for name, value in changed.items():

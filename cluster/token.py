@@ -26,7 +26,11 @@ def make_token(settings: Settings) -> None:
     """Write a random token that only its owner may read, and say how to copy it to the other nodes."""
     path = Path(settings["RAY_AUTH_TOKEN_PATH"])
     file, folder = shlex.quote(str(path)), shlex.quote(str(path.parent))
-    remote = shlex.quote(f"umask 077; mkdir -p {folder} && cat >{file}")
+    # Homes may differ from node to node, so the other node's shell expands `~`.
+    text = Path(settings.found["RAY_AUTH_TOKEN_PATH"].text)
+    there = [f"~/{shlex.quote('/'.join(one.parts[1:]))}" if one.parts[0] == "~" else shlex.quote(str(one))
+             for one in (text.parent, text)]  # fmt: skip
+    remote = shlex.quote(f"umask 077; mkdir -p {there[0]} && cat >{there[1]}")
     copies = [f"  ssh {host} {remote} <{file}" for host in settings.workers()]
     if path.is_file():
         say(f"{path} is there already. To copy it to the other nodes:", *copies)

@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING
 from invoke import Exit
 
 from cluster import check, detached, engine, guards, load, node, options, readings, recorder, repository, served, server
+from cluster.agreement import asks_hub
 from cluster.command import ENDINGS, Command, handling, run, say
+from cluster.doctor import ask_hosts
+from cluster.image import image_line
 from cluster.node import CONTAINER, Network
 from cluster.ports import is_own_address
 from cluster.remote import ignore_signals, on_all, over_ssh, run_there, workers_needed
 from cluster.settings import ModelSettings, Settings
+from cluster.weights import is_whole
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -76,6 +80,8 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     """
     guards.required_values(settings)
     workers = workers_needed(settings)
+    if engine.node_container() is None:
+        _refuse_without_image(settings)
     with _only_one(settings), _undone_on_failure(settings, workers, keep) as started:
         _bring_up_nodes(settings, net, workers, started)
         head = guards.the_head(settings)
@@ -94,6 +100,27 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
             readings.note_load(settings)
         load.follow_load(settings, addresses, since=since)
     say("To see how the cluster is: inv health, inv status; the log: inv logs --follow; to take all down: inv down")
+
+
+def _refuse_without_image(settings: ModelSettings) -> None:
+    """Name all that a fresh pair lacks at once, in the order in which it has to be done. Later checks name the rest."""
+    hosts = ask_hosts(settings, "image", "weights", "token")
+    if not (without := [one.name for one in hosts if one.facts.get("image", "unknown") is None]):
+        return
+    steps = [("inv doctor", "seconds; shows all that these hosts lack")]
+    image = image_line(settings, has=False) if hosts[0].name in without else settings.line("ship-image")
+    then = " --ship" if image == "inv build-image" else f"; then {settings.line('ship-image')}" * ("ship" not in image)
+    steps.append((f"{image}{then}", "some 10 minutes at 1 Gbit/s, most of them for NVIDIA's image of 10 GB"))
+    caches = [one.facts.get("weights") or {} for one in hosts]
+    if asks_hub(settings) and not all(is_whole({"missing": [], "wrong": [], "revision": ""} | one) for one in caches):
+        minutes = max(one.facts.get("expected", 0) for one in hosts) / 0.125e9 / 60
+        steps.append((settings.line("weights"), f"some {minutes:.0f} minutes at 1 Gbit/s, and two for the fast link"))
+    if not all(one.facts.get("token") for one in hosts):
+        steps.append(("inv token", "seconds; otherwise everybody who reaches Ray's port can run code"))
+    steps.append((settings.line(), "10 to 20 minutes for a first load"))
+    listed = "\n".join(f"  {number}. {line}  # {time}" for number, (line, time) in enumerate(steps, 1))
+    name = settings["VLLM_IMAGE"]
+    raise Exit(f"No image {name} on {', '.join(without)}, so nothing was started. In this order:\n{listed}")
 
 
 @contextmanager
