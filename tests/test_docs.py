@@ -144,7 +144,7 @@ def _messages() -> list[str]:
     parts = [
         part.strip(" ,")
         for each in quoted
-        for part in re.split(r"…|node-ray|nemotron|spark-2:?|10.0.0.1:6379|http\S*|local/\S+|f1|2", each)
+        for part in re.split(r"…|node-ray|nemotron|spark-2:?|10.0.0.1:6379|this node|http\S*|local/\S+|f1|2", each)
     ]
     return [part for part in parts if part.count(" ") >= 2]
 
