@@ -7,10 +7,11 @@ types the same line again goes on where the last one stopped. Functions here rai
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from invoke import Exit
 
@@ -22,6 +23,7 @@ from cluster.repository import ROOT
 from cluster.settings import ModelSettings
 from cluster.transfer import GB, Bars, transferring
 
+Files: TypeAlias = Mapping[str, Mapping[str, Any]]
 HERE = "this node"
 CHUNK = 2**22
 # A disk without room would stop Docker and the logs as well.
@@ -51,7 +53,8 @@ def container_command(settings: ModelSettings, act: str, revision: str) -> Comma
 
 def worker_command(settings: ModelSettings, host: str, revision: str, *flags: str, fast: bool = False) -> Command:
     """Return the command that runs `inv weights` on a worker for one revision."""
-    values = {"handed_on": settings.handed_on(), "model": settings.model.name, "revision": revision, "flags": flags}
+    handed_on = settings.handed_on() | {"MODEL_CKPT": settings["MODEL_CKPT"]}  # the .env there may name another
+    values = {"handed_on": handed_on, "model": settings.model.name, "revision": revision, "flags": flags}
     return over_ssh(settings, host, "remote_weights.j2", values, fast=fast, reads=True)
 
 
@@ -70,8 +73,9 @@ def hub_folder(settings: ModelSettings) -> Path:
 
 
 def look_here(settings: ModelSettings, revision: str | None = None) -> dict[str, Any]:
-    """Return what the cache of this node has, as `look` in inside/weights.py says."""
-    return look(hub_folder(settings), settings["MODEL_CKPT"], settings["REVISION"] if revision is None else revision)
+    """Return what the cache of this node has, as `look` in inside/weights.py says, and the folder of that cache."""
+    hub, revision = hub_folder(settings), settings["REVISION"] if revision is None else revision
+    return look(hub, settings["MODEL_CKPT"], revision) | {"hub": str(hub)}
 
 
 def is_whole(told: Mapping[str, Any]) -> bool:
@@ -101,16 +105,19 @@ def provide_weights(settings: ModelSettings, deep: bool) -> None:
     begun, workers = time.monotonic(), workers_needed(settings)
     told: dict[str, dict[str, Any]] = {HERE: look_here(settings)}
     failed: dict[str, str] = at_once(workers, lambda host: told.update({host: ask_worker(settings, host, "")}))
-    refuse_damage(settings, told)
+    # Names of damaged files look finished, so nobody would fetch these files again.
+    if lines := [damage(node, one) for node, one in told.items() if one["bad"]]:
+        raise Exit("\n".join([*lines, f"Then: {settings.line()}"]))
     with transferring() as bars:
         revision = fetch(settings, told, bars)
         files = listing(hub_folder(settings), settings["MODEL_CKPT"], revision)
+        refuse_full_disks(told, revision, files, 0)  # a hub that was not asked has not led here
         reached = [host for host in workers if host not in failed]
-        failed |= at_once(reached, lambda host: ship(settings, host, revision, files, bars))
+        failed |= at_once(reached, lambda host: ship(settings, host, told[host], revision, files, bars))
         nodes = [HERE, *(host for host in reached if host not in failed)]
-        wrong: dict[str, list[str]] = {}
-        failed |= at_once(nodes, lambda node: wrong.update({node: verify_node(settings, node, revision, deep, bars)}))
-    failed |= {node: f"{node}: {'; '.join(texts)}." for node, texts in wrong.items() if texts}
+        seen: dict[str, dict[str, Any]] = {}
+        failed |= at_once(nodes, lambda node: seen.update({node: verify_node(settings, node, revision, deep, bars)}))
+    failed |= {node: damage(node, one) for node, one in seen.items() if one["wrong"]}
     size = sum(one["size"] for one in files.values()) / GB
     well = [node for node in nodes if node not in failed]
     how = "every byte compared" if deep else "names and sizes compared; --deep reads every byte"
@@ -130,15 +137,10 @@ def ask_worker(settings: ModelSettings, host: str, revision: str) -> dict[str, A
     return json.loads(run_there(host, command, LOOK_S).splitlines()[-1])
 
 
-def refuse_damage(settings: ModelSettings, told: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse files of a wrong size: their names look finished, so nobody would fetch them again."""
-    if bad := {node: one for node, one in told.items() if one["bad"]}:
-        hub = hub_folder(settings)
-        lines = [
-            f"{node}: {'; '.join(one['wrong'])}. Type there: sudo rm {' '.join(f'{hub}/{file}' for file in one['bad'])}"
-            for node, one in bad.items()
-        ]
-        raise Exit("\n".join([*lines, f"Then: {settings.line()}"]))
+def damage(node: str, told: Mapping[str, Any]) -> str:
+    """Return what is wrong on a node, with the line that removes the damaged files there."""
+    files = shlex.join(f"{told['hub']}/{file}" for file in told["bad"])
+    return f"{node}: {'; '.join(told['wrong'])}.{f' Type there: sudo rm {files}' if files else ''}"
 
 
 def fetch(settings: ModelSettings, told: dict[str, dict[str, Any]], bars: Bars) -> str:
@@ -151,8 +153,9 @@ def fetch(settings: ModelSettings, told: dict[str, dict[str, Any]], bars: Bars) 
         with pipe(container_command(settings, "fetch", settings["REVISION"])) as lines:
             for line in map(json.loads, lines):
                 if not asked:
-                    refuse_full_disks(told | {HERE: here | {"have": line["done"]}}, line["total"])
-                asked, revision = True, line.get("revision", "")
+                    files = listing(hub_folder(settings), settings["MODEL_CKPT"], line["revision"])
+                    refuse_full_disks(told, line["revision"], files, line["total"] - line["done"])
+                asked, revision = True, line["revision"]
                 bars.show(f"{HERE}, fetched", line["done"], line["total"])
     except Exit as error:
         if asked or not is_whole(here):
@@ -162,50 +165,63 @@ def fetch(settings: ModelSettings, told: dict[str, dict[str, Any]], bars: Bars) 
     return revision
 
 
-def refuse_full_disks(told: Mapping[str, Mapping[str, Any]], total: int) -> None:
+def refuse_full_disks(told: Mapping[str, Mapping[str, Any]], revision: str, files: Files, here: int) -> None:
+    """Refuse disks that have no room for what is to come. here: the bytes that this node has to fetch."""
+    to_come = {node: sum(left_to_send(one, revision, files).values()) for node, one in told.items()} | {HERE: here}
     short = [
-        f"{node}: {lacks / GB:.1f} GB are to come and 5 GB have to stay, but only {one['free'] / GB:.1f} GB are free"
-        for node, one in told.items()
-        if (lacks := total - one["have"] - sum(one["parts"].values())) > 0 and lacks + SPARE > one["free"]
+        f"{node}: {lacks / GB:.1f} GB are to come and 5 GB have to stay, but only {free / GB:.1f} GB are free"
+        for node, lacks in to_come.items()
+        if lacks and lacks + SPARE > (free := told[node]["free"])
     ]
     if short:
-        raise Exit("\n".join([*short, "Nothing was fetched. Type there: df -h; HF_CACHE may name a larger disk."]))
+        raise Exit("\n".join([*short, "Nothing was copied. Type there: df -h; HF_CACHE may name a larger disk."]))
+
+
+def left_to_send(there: Mapping[str, Any], revision: str, files: Files) -> dict[str, int]:
+    """Return the files of a revision that a node lacks, each with the bytes to send.
+
+    A blob that another revision has brought needs a link only, and a part of a ship that was cut only the rest.
+    """
+    named = there["files"] if there["revision"] == revision else {}
+    had = {name: there["parts"].get(one["hash"], 0) for name, one in files.items()}
+    had |= {name: one["size"] for name, one in files.items() if there["blobs"].get(one["hash"]) == one["size"]}
+    return {name: one["size"] - had[name] for name, one in files.items() if named.get(name) != one["size"]}
 
 
 # --- Shipping --------------------------------------------------------------------------------------------------------
 
 
-def ship(settings: ModelSettings, host: str, revision: str, files: Mapping[str, Mapping], bars: Bars) -> None:
-    """Send a worker the files that it lacks. A file that an earlier ship has begun goes on."""
-    there = ask_worker(settings, host, revision)
-    lacking = {name: one for name, one in files.items() if there["files"].get(name) != one["size"]}
-    if not lacking:
+def ship(settings: ModelSettings, host: str, told: Mapping[str, Any], revision: str, files: Files, bars: Bars) -> None:
+    """Send a worker the files that it lacks, and the name of the revision. told: what that name stands for there."""
+    lacking = left_to_send(ask_worker(settings, host, revision), revision, files)
+    if not lacking and told["revision"] == revision:
         return
-    total, done = sum(one["size"] for one in lacking.values()), 0
+    total, done = sum(lacking.values()), 0
     record = {"path": f".node-weights/{revision}.json", "text": json.dumps(files)}
     name = settings["REVISION"] or "main"
     with pipe(worker_command(settings, host, revision, "--receive", fast=True), into=True) as sink:
         write_frame(sink, record)  # without it a ship that is cut could look whole
-        for file, one in lacking.items():
-            for sent in send_file(sink, settings, revision, file, one, there["parts"].get(one["hash"], 0)):
+        for file, left in lacking.items():
+            for sent in send_file(sink, settings, revision, file, files[file], left):
                 bars.show(f"{host}, shipped", done + sent, total)
-            done += one["size"]
+            done += left
         write_frame(sink, {"path": f"refs/{name}", "text": revision} if name != revision else record)
 
 
 def send_file(
-    sink: BinaryIO, settings: ModelSettings, revision: str, name: str, one: Mapping[str, Any], start: int
+    sink: BinaryIO, settings: ModelSettings, revision: str, name: str, one: Mapping[str, Any], left: int
 ) -> Iterator[int]:
-    """Send a file as a blob with its link, and yield its bytes so far."""
+    """Send the last bytes of a file as a blob, and its link. Yield the bytes so far."""
     path = folder_of(hub_folder(settings), settings["MODEL_CKPT"]) / "snapshots" / revision / name
     link = f"snapshots/{revision}/{name}"
     place = f"blobs/{one['hash']}" if one["hash"] else link  # a cache without links names no hash
+    start = one["size"] - left
     write_frame(sink, {"path": place, "size": one["size"], "start": start, "hash": one["hash"]})
     with path.open("rb") as file:
         file.seek(start)
         while chunk := file.read(CHUNK):
             sink.write(chunk)
-            yield file.tell()
+            yield file.tell() - start
     if place != link:
         write_frame(sink, {"path": link, "to": "../" * link.count("/") + place})
 
@@ -214,18 +230,18 @@ def write_frame(sink: BinaryIO, frame: Mapping[str, Any]) -> None:
     sink.write(json.dumps(frame).encode() + b"\n")
 
 
-def verify_node(settings: ModelSettings, node: str, revision: str, deep: bool, bars: Bars) -> list[str]:
-    """Return what is missing or wrong on a node."""
-    told = look_here(settings, revision) if node == HERE else ask_worker(settings, node, revision)
-    wrong = [*told["wrong"], *(f"{name} is missing" for name in told["missing"])]
-    wrong += [] if told["revision"] else [f"revision {revision} is missing"]
-    if wrong or not deep:
-        return wrong
+def verify_node(settings: ModelSettings, node: str, revision: str, deep: bool, bars: Bars) -> dict[str, Any]:
+    """Return what a node has of a revision. What is missing is wrong, too."""
     local = node == HERE
+    told = look_here(settings, revision) if local else ask_worker(settings, node, revision)
+    missing = told["missing"] if told["revision"] else [f"revision {revision}"]
+    told["wrong"] += [f"{name} is missing" for name in missing]
+    if told["wrong"] or not deep:
+        return told
     with pipe(container_command(settings, "verify", revision) if local else
               worker_command(settings, node, revision, "--here", "--deep")) as lines:  # fmt: skip
         for line in map(json.loads, lines):
             if "done" in line:
                 bars.show(f"{node}, verified", line["done"], line["total"])
-                wrong = line.get("wrong", [])
-    return wrong
+                told |= line
+    return told

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.inside import weights
+from cluster.weights import left_to_send
 from tests.rehearsal import hub
 
 MODEL, COMMIT = hub.NAME, "c" * 40
@@ -127,8 +128,9 @@ def test_every_byte_is_compared(made, tmp_path, capsys, layout):
     body[-1] ^= 1
     blob.write_bytes(body)
     weights.verify(tmp_path, MODEL, "")
-    wrong = json.loads(capsys.readouterr().out.splitlines()[-1])["wrong"]
-    assert wrong == [f"model-00001-of-00003.safetensors is damaged: {blob.relative_to(tmp_path)}"]
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["wrong"] == ["model-00001-of-00003.safetensors is damaged"]
+    assert told["bad"] == [str(blob.relative_to(tmp_path))]
 
 
 # --- Receiving -------------------------------------------------------------------------------------------------------
@@ -154,6 +156,23 @@ def test_a_file_that_was_cut_goes_on_where_it_stopped(made, tmp_path):
     weights.receive(tmp_path, MODEL, "", io.BytesIO(frame(shard, start) + link + ref))
     assert (folder / "snapshots" / COMMIT / shard.name).read_bytes() == shard.read_bytes()
     assert weights.look(tmp_path, MODEL)["revision"] == COMMIT and not list(folder.glob("blobs/*.incomplete"))
+
+
+@pytest.mark.parametrize("layout", ["classic", "shared"])
+def test_a_blob_of_another_revision_is_not_sent_again(made, tmp_path, layout):
+    """A new revision of a model changes a file or two. Of the others the links come, and no byte."""
+    folder = cache(tmp_path, made, layout)
+    files = weights.listing(tmp_path, MODEL, COMMIT)
+    there = weights.look(tmp_path, MODEL, "d" * 40)
+    assert there["revision"] is None and left_to_send(there, "d" * 40, files) == dict.fromkeys(files, 0)
+    assert left_to_send(weights.look(tmp_path, MODEL), COMMIT, files) == {}
+    shard = made / "model-00001-of-00003.safetensors"
+    link = {"path": f"snapshots/{'d' * 40}/{shard.name}", "to": f"../../blobs/{hashed(shard)}"}
+    sent = frame(shard, shard.stat().st_size) + json.dumps(link).encode() + b"\n"
+    weights.receive(tmp_path, MODEL, "", io.BytesIO(sent))
+    assert (folder / link["path"]).read_bytes() == shard.read_bytes() and not [*folder.rglob("*.incomplete")]
+    (folder / "blobs" / hashed(shard)).write_bytes(b"short")
+    assert left_to_send(weights.look(tmp_path, MODEL, "d" * 40), "e" * 40, files)[shard.name] == shard.stat().st_size
 
 
 def test_a_file_with_another_hash_gets_no_name(made, tmp_path):

@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -24,6 +24,8 @@ COPIES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "or
 # Files that a ship has begun. The hub's client leaves them alone.
 PART = ".ship.incomplete"
 CHUNK = 2**22
+# The hub's client waits for ever for the list of files if a proxy takes the connection and says nothing.
+ANSWER_S = 30
 # What to do about the errors of huggingface_hub.
 LATER = "Check the network, HF_ENDPOINT and the disk (df -h); then type the same line again: whole files stay."
 NEXT = {
@@ -47,17 +49,20 @@ def look(hub, model, revision=""):
 
     revision: the commit, None if the cache has no snapshot of it. files: bytes by name. missing: names that the index,
     the hub's list or a dangling link promises. wrong: sentences. bad: the files behind them, below the hub's folder.
-    parts: bytes by blob of a ship that was cut. have, total, unfinished, free: bytes; total is None if nothing says it.
+    blobs: bytes by blob, of every revision. parts: the same of a ship that was cut. have, total, unfinished, free are
+    bytes; total is None if nothing says it.
     """
     folder, name = folder_of(hub, model), revision or "main"
     ref = folder / "refs" / name
     commit = ref.read_text().strip() if ref.is_file() else name
     snapshot = folder / "snapshots" / commit
     disk = os.statvfs(next(place for place in (folder, *folder.parents) if place.exists()))
-    unfinished = {path.name: path.stat().st_size for path in folder.glob("blobs/*.incomplete")}
+    blobs = {path.name: path.stat().st_size for path in folder.glob("blobs/*") if path.exists()}
+    unfinished = {name: blobs.pop(name) for name in [*blobs] if name.endswith(".incomplete")}
     parts = {name.removesuffix(PART): size for name, size in unfinished.items() if name.endswith(PART)}
-    told = {"revision": commit, "files": {}, "missing": [], "wrong": [], "bad": [], "parts": parts, "have": 0,
-            "total": None, "unfinished": sum(unfinished.values()), "free": disk.f_bavail * disk.f_frsize}  # fmt: skip
+    told = {"revision": commit, "files": {}, "missing": [], "wrong": [], "bad": [], "have": 0, "total": None,
+            "unfinished": sum(unfinished.values()), "free": disk.f_bavail * disk.f_frsize,
+            "blobs": blobs, "parts": parts}  # fmt: skip
     if not snapshot.is_dir():
         return told | {"revision": None}
 
@@ -123,7 +128,7 @@ def fetch(hub, model, revision):
     os.environ |= dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"), "1")
     from huggingface_hub import HfApi, hf_hub_download
 
-    info = HfApi().model_info(model, revision=revision or "main", files_metadata=True)
+    info = HfApi().model_info(model, revision=revision or "main", files_metadata=True, timeout=ANSWER_S)
     tensors = any(one.rfilename.endswith(".safetensors") for one in info.siblings)
     wanted = [one for one in info.siblings if not (tensors and any(fnmatch(one.rfilename, copy) for copy in COPIES))]
     sums = {one.rfilename: {"size": one.size, "hash": one.lfs.sha256 if one.lfs else one.blob_id} for one in wanted}
@@ -135,7 +140,7 @@ def fetch(hub, model, revision):
         while True:
             names = {path.name: path.stat().st_size for path in folder.glob("blobs/*") if path.exists()}
             done = sum(size for name, size in names.items() if name.partition(".")[0] in etags and PART not in name)
-            _print(done=min(done, total), total=total)
+            _print(done=min(done, total), total=total, revision=info.sha)
             time.sleep(1)
 
     threading.Thread(target=progress, daemon=True).start()
@@ -173,7 +178,7 @@ def verify(hub, model, revision):
     Prints the bytes so far, and at the end what is wrong.
     """
     folder, told = folder_of(hub, model), look(hub, model, revision)
-    sums, done = listing(hub, model, told["revision"]), {}
+    sums, done, bad = listing(hub, model, told["revision"]), {}, []
 
     def judge(name):
         path = folder / "snapshots" / told["revision"] / name
@@ -184,14 +189,17 @@ def verify(hub, model, revision):
             while chunk := file.read(CHUNK):
                 hashed.update(chunk)
                 done[name] = file.tell()
-        return "" if hashed.hexdigest() == expected else f"{name} is damaged: {path.resolve().relative_to(hub)}"
+        if hashed.hexdigest() == expected:
+            return ""
+        bad.append(str(path.resolve().relative_to(Path(hub).resolve())))
+        return f"{name} is damaged"
 
     with ThreadPoolExecutor(4) as pool:
         judged = [pool.submit(judge, name) for name in told["files"]]
-        while not all(one.done() for one in judged):
+        while wait(judged, 1).not_done:
             _print(done=sum(done.values()), total=told["have"])
-            time.sleep(1)
-    _print(done=told["have"], total=told["have"], wrong=[text for one in judged if (text := one.result())])
+    wrong = [text for one in judged if (text := one.result())]
+    _print(done=told["have"], total=told["have"], wrong=wrong, bad=bad)
 
 
 def hasher(expected, size):
@@ -226,6 +234,8 @@ def receive(hub, model, _revision, source=sys.stdin.buffer):
 
 def _receive_file(source, frame, path):
     part, size, start = path.with_name(path.name + PART), frame["size"], frame["start"]
+    if start == size and path.exists():  # another revision has brought it
+        return
     hashed = hasher(frame["hash"], size)
     with open(part, "r+b" if part.exists() else "w+b") as file:
         for left in range(start, 0, -CHUNK):

@@ -3,6 +3,8 @@
 import json
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from operating import inv
@@ -81,8 +83,29 @@ def test_a_cut_and_a_kill_cost_one_file(sparks, shell, hub, terminal):
     assert all(whole(host, shell) for host in sparks)
 
 
-def has_commit(hub: Hub) -> str:
-    return hub.requests("HEAD /stand-in")[0].split("/")[4]
+def test_a_new_revision_ships_what_has_changed(sparks, shell, shells, hub):
+    """The worker gets the new file and links to the blobs that it has. A branch that the worker lacks gets its name."""
+    commit = json.loads(sparks[0].run("curl", "-s", f"{hub.url}/api/models/{NAME}").stdout)["sha"]
+    assert inv(sparks[0], *WEIGHTS, "--revision", commit, **shell).returncode == 0
+    assert not has(sparks[1], shell)["revision"]
+    assert inv(sparks[0], *WEIGHTS, **shell).returncode == 0
+    assert has(sparks[1], shell)["revision"] == commit
+    new = hub.model / "README.md"
+    try:
+        new.write_text("new")
+        done = inv(sparks[0], *WEIGHTS, "--deep", **shell)
+    finally:
+        new.unlink()
+    assert done.returncode == 0 and "spark-2, shipped: 0.000 of 0.000 GB" in done.stderr, done.stderr
+    told = has(sparks[1], shell)
+    assert told["revision"] != commit and "README.md" in told["files"] and whole(sparks[1], shell)
+
+
+def begun(blobs: Path) -> bool:
+    """Whether a large file is on its way. A small one may get its name between two looks."""
+    with suppress(FileNotFoundError):
+        return any(file.stat().st_size > 2**20 for file in blobs.glob("*.ship.incomplete"))
+    return False
 
 
 def test_a_worker_that_dies_in_the_middle_goes_on(sparks, shell, shells, terminal):
@@ -90,8 +113,7 @@ def test_a_worker_that_dies_in_the_middle_goes_on(sparks, shell, shells, termina
     assert inv(sparks[0], *WEIGHTS, **shell | {"TP_SIZE": "1"}).returncode == 0
     blobs = sparks[1].cache / "huggingface/hub/models--stand-in--tiny/blobs"
     typed = terminal(sparks[0], *WEIGHTS, **shell)
-    begun = lambda: any(file.stat().st_size > 2**20 for file in blobs.glob("*.ship.incomplete"))  # noqa: E731
-    assert wait(lambda: begun() and sparks[1].run("docker", "kill", "node-weights").returncode == 0, 60, pause=0)
+    assert wait(lambda: begun(blobs) and sparks[1].run("docker", "kill", "node-weights").returncode == 0, 60, pause=0)
     assert typed.process.wait(60) != 0 and "spark-2" in typed.read() and "type the same line again" in typed.said
     told = has(sparks[1], shell)
     assert not told["revision"] or told["missing"]
@@ -101,12 +123,16 @@ def test_a_worker_that_dies_in_the_middle_goes_on(sparks, shell, shells, termina
 
 
 def test_a_disk_that_is_too_small_is_refused_before_a_byte(sparks, shell, shells, hub):
-    """The sentence has the node and the numbers. No file has been asked for."""
+    """The sentence has the node and the numbers, also where no hub answers. No file has been asked for."""
     shells.start(sparks[1], CACHE_DIR=FULL)
     done = inv(sparks[0], *WEIGHTS, **shell)
-    shells.start(sparks[1])
-    assert done.returncode == 1 and "spark-2: 0.2 GB are to come and 5 GB have to stay" in done.stderr, done.stderr
     assert not hub.requests("padding.dat")
+    assert inv(sparks[0], *WEIGHTS, **shell | {"TP_SIZE": "1"}).returncode == 0
+    silent = inv(sparks[0], *WEIGHTS, **shell | {"HF_ENDPOINT": "http://10.0.0.1:1"})
+    shells.start(sparks[1])
+    for one in (done, silent):
+        assert one.returncode == 1 and "spark-2: 0.2 GB are to come and 5 GB have to stay" in one.stderr, one.stderr
+    assert "--receive" not in silent.stderr
 
 
 def test_a_disk_that_fills_leaves_no_half_file(rig, sparks, shell):
@@ -134,7 +160,7 @@ def test_a_worker_that_is_not_reached_keeps_nobody_from_the_weights(sparks, shel
 
 
 def test_damage_is_found_and_named(sparks, shell):
-    """A shard that is too long is found by its header, a flipped byte by --deep. The line removes the blob."""
+    """A shard that is too long is found by its header, a flipped byte by --deep. The line that is told mends it."""
     assert inv(sparks[0], *WEIGHTS, **shell).returncode == 0
     told = has(sparks[1], shell)
     at = sparks[1].cache / "huggingface/hub/models--stand-in--tiny/snapshots" / told["revision"] / SHARD
@@ -145,7 +171,11 @@ def test_damage_is_found_and_named(sparks, shell):
     at.resolve().write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
     assert inv(sparks[0], *WEIGHTS, **shell).returncode == 0
     deep = inv(sparks[0], *WEIGHTS, "--deep", **shell)
-    assert deep.returncode == 1 and f"spark-2: {SHARD} is damaged" in deep.stderr
+    assert deep.returncode == 1 and f"spark-2: {SHARD} is damaged. Type there: sudo rm " in deep.stderr
+    blob = deep.stderr.partition("sudo rm ")[2].split()[0]
+    assert blob == str(at.resolve())  # below the worker's own CACHE_DIR
+    sparks[1].run("rm", blob)
+    assert inv(sparks[0], *WEIGHTS, "--deep", **shell).returncode == 0
 
 
 def test_what_the_hub_refuses_is_one_sentence(sparks, shell, hub):
