@@ -31,7 +31,7 @@ def commands() -> list[str]:
 
 
 @pytest.fixture
-def bare(rig: Rig, shells, sparks: list[Host], tmp_path) -> Iterator[tuple[list[Host], dict[str, str]]]:
+def bare(rig: Rig, shells, sparks: list[Host], tmp_path) -> Iterator[tuple[list[Host], dict[str, str], Hub]]:
     """Two hosts with the base image alone, and the shell of the operator. The head serves wheels and a small hub."""
     base = image.make(rig.builder, rig.say)
     wheels = tmp_path / "wheels"
@@ -53,13 +53,14 @@ def bare(rig: Rig, shells, sparks: list[Host], tmp_path) -> Iterator[tuple[list[
     shell = {"BASE_IMAGE": base, "TAG": IMAGE, "VLLM_IMAGE": IMAGE, "WORKER_HOSTS": "spark-2", "VLLM_API_KEY": KEY,
              "MODEL_CKPT": NAME, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "SERVE_EXTRA": "--load-format auto",
              }  # fmt: skip
-    yield sparks, shell
+    yield sparks, shell, hub
     inv(sparks[0], "down", **shell)
     for process in (server, hub.process):
         process.kill()
         process.wait(10)
     for host in sparks:
         host.run("docker", "image", "rm", "--force", IMAGE)
+        host.run("rm", "-rf", str(host.cache), f"{host.env['HOME']}/.ray")
         model.write(host.cache / "huggingface" / model.NAME)
     rig.power_off(sparks[0])
     rig.power_on(sparks[0])
@@ -68,7 +69,7 @@ def bare(rig: Rig, shells, sparks: list[Host], tmp_path) -> Iterator[tuple[list[
 
 def test_bare_hosts_come_to_their_first_token(bare):
     """Before the steps `up` names what is missing, and starts nothing. After them a chat completion is answered."""
-    (head, _), shell = bare
+    (head, worker), shell, hub = bare
     assert [line.split()[1] for line in commands()[:-1]] == ["doctor", "build-image", "weights", "token", "up"]
     *tasks, curl = [line.replace("--model nemotron", "--model rehearsal") for line in commands()]
     first = inv(head, "up", "--model", "rehearsal", **shell)
@@ -79,6 +80,7 @@ def test_bare_hosts_come_to_their_first_token(bare):
     for line in tasks:
         words = shlex.split(line.removesuffix("--max-len 256K"))[1:]
         allow = ["--allow", ALLOW] if words[0] == "up" else []
+        hub.forget()
         done = head.run(*INV, *words, *allow, env=shell, timeout=400)
         if words[0] == "doctor":
             assert done.returncode in (0, 1, 2, 3) and "answers" in done.stderr, done.stderr
@@ -86,10 +88,14 @@ def test_bare_hosts_come_to_their_first_token(bare):
         assert done.returncode == 0, done.stderr[-4000:]
         for copy in re.findall(r"^  (ssh spark-2 .*)$", done.stderr, re.M) if words[0] == "token" else ():
             assert head.run("sh", "-c", copy).returncode == 0
+    # Every node has all files, so no rank has asked the hub, on either host.
+    assert "-e HF_HUB_OFFLINE=1" in done.stderr and hub.requests() == []
     words = shlex.split(curl.replace("nvidia/nemotron-3-super", "tiny"))
     asked = [word.replace("$VLLM_API_KEY", KEY) for word in words]
     answer = head.run(*asked, "--silent", "--show-error", "--max-time", "60")
     assert json.loads(answer.stdout)["choices"], answer.stderr
-    ranks = [host.run("docker", "exec", "node-ray", "pgrep", "-fc", "^ray::RayWorkerProc").stdout for host in bare[0]]
+    ranks = [
+        host.run("docker", "exec", "node-ray", "pgrep", "-fc", "^ray::RayWorkerProc").stdout for host in (head, worker)
+    ]
     assert ranks == ["1\n", "1\n"]
     assert wait(lambda: inv(head, "health", **shell).returncode == 0, 30)
