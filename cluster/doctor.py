@@ -66,9 +66,12 @@ def _reason(told: Mapping[str, str]) -> str:
     return re.sub(r"^\w+Error: (\[Errno \d+\] )?|\.?(\n.*)?$", "", told["unknown"], flags=re.DOTALL)
 
 
-def doctor_commands(settings: Settings, names: Sequence[str] = ()) -> dict[str, Command]:
-    """Return by host the command that prints the host's facts, the head first. names: the facts, all if none is given.
+def doctor_commands(
+    settings: Settings, names: Sequence[str] = (), workers: Sequence[str] | None = None
+) -> dict[str, Command]:
+    """Return by host the command that prints the host's facts, the head first.
 
+    names: the facts, all if none is given. workers: the hosts beside the head, every worker if None.
     A worker reads its own `.env`, if the checkout is there. The head hands on what its shell and its flags set.
     """
     plain, here = load_settings(settings.model, {}, {"ENV_FILE": ""}), str(ROOT)
@@ -76,7 +79,7 @@ def doctor_commands(settings: Settings, names: Sequence[str] = ()) -> dict[str, 
              "key": secrets.token_hex(16), "names": names}  # fmt: skip
     handed_on = settings.handed_on() | {"HEAD_NODE_IP": settings["HEAD_NODE_IP"]}
     commands = {}
-    for host in (HERE, *settings.workers()):
+    for host in (HERE, *(settings.workers() if workers is None else workers)):
         given, folder = (settings, here) if host == HERE else (handed_on, settings.get("REPO_DIR", here))
         own = {"given": {name: given[name] for name in NAMES if name in given}, "folder": folder}
         words = words_of(render("doctor.j2", asked=json.dumps(asked | own)))
@@ -86,14 +89,14 @@ def doctor_commands(settings: Settings, names: Sequence[str] = ()) -> dict[str, 
     return commands
 
 
-def ask_hosts(settings: Settings, *names: str) -> list[Told]:
-    """Ask all hosts at once, and return what each has told, the head first. names: the facts, all if none is given."""
+def ask_hosts(settings: Settings, *names: str, workers: Sequence[str] | None = None) -> list[Told]:
+    """Ask all hosts at once, and return what each has told, the head first. The arguments: see doctor_commands."""
     files = [ROOT / "cluster" / name for name in SENT]
     profile = ROOT / settings.model.folder / f"{settings.model.size}.json" if settings.model else ROOT
     bytes_of_weights = json.loads(profile.read_text()).get("weights_gib", 0) * 2**30 if profile.is_file() else 0
     file = os.memfd_create("doctor")  # a full disk does not stop it
     os.write(file, LOADER.format(texts={file.stem: file.read_text() for file in files}).encode())
-    commands, told = doctor_commands(settings, names), dict[str, Told]()
+    commands, told = doctor_commands(settings, names, workers), dict[str, Told]()
 
     def ask(host: str) -> None:
         begin = time.time()

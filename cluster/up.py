@@ -81,7 +81,7 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     guards.required_values(settings)
     workers = workers_needed(settings)
     if engine.node_container() is None:
-        _refuse_without_image(settings)
+        _refuse_without_image(settings, workers)
     with _only_one(settings), _undone_on_failure(settings, workers, keep) as started:
         _bring_up_nodes(settings, net, workers, started)
         head = guards.the_head(settings)
@@ -102,19 +102,22 @@ def bring_up(settings: ModelSettings, net: Network, allowed: Sequence[str], keep
     say("To see how the cluster is: inv health, inv status; the log: inv logs --follow; to take all down: inv down")
 
 
-def _refuse_without_image(settings: ModelSettings) -> None:
-    """Name all that a fresh pair lacks at once, in the order in which it has to be done. Later checks name the rest."""
-    hosts = ask_hosts(settings, "image", "weights", "token")
+def _refuse_without_image(settings: ModelSettings, workers: Sequence[str]) -> None:
+    """Name all that a fresh pair lacks at once, in order, with estimates of the time. Later checks name the rest."""
+    hosts = ask_hosts(settings, "image", "weights", "token", workers=workers)
     if not (without := [one.name for one in hosts if one.facts.get("image", "unknown") is None]):
         return
-    steps = [("inv doctor", "seconds; shows all that these hosts lack")]
-    image = image_line(settings, has=False) if hosts[0].name in without else settings.line("ship-image")
+    steps = [(settings.line("doctor"), "seconds; shows all that these hosts lack")]
+    here = hosts[0].name in without
+    image = image_line(settings, has=False) if here else settings.line("ship-image")
     then = " --ship" if image == "inv build-image" else f"; then {settings.line('ship-image')}" * ("ship" not in image)
-    steps.append((f"{image}{then}", "some 10 minutes at 1 Gbit/s, most of them for NVIDIA's image of 10 GB"))
+    builds = "some 10 minutes at 1 Gbit/s, most of them for NVIDIA's image of 10 GB"
+    steps.append((f"{image}{then}", builds if here else "minutes; seconds for a host that has the base"))
     caches = [one.facts.get("weights") or {} for one in hosts]
     if asks_hub(settings) and not all(is_whole({"missing": [], "wrong": [], "revision": ""} | one) for one in caches):
         minutes = max(one.facts.get("expected", 0) for one in hosts) / 0.125e9 / 60
-        steps.append((settings.line("weights"), f"some {minutes:.0f} minutes at 1 Gbit/s, and two for the fast link"))
+        takes = f"some {minutes:.0f} minutes at 1 Gbit/s" if minutes else "as long as the download takes"
+        steps.append((settings.line("weights"), f"{takes}, then minutes for the fast link"))
     if not all(one.facts.get("token") for one in hosts):
         steps.append(("inv token", "seconds; otherwise everybody who reaches Ray's port can run code"))
     steps.append((settings.line(), "10 to 20 minutes for a first load"))

@@ -30,6 +30,7 @@ from cluster import (
     up,
 )
 from cluster.command import ENDINGS, held, run
+from cluster.doctor import Told
 from cluster.models import find_model
 from cluster.node import Network
 from cluster.recorder import Recorded
@@ -50,7 +51,13 @@ class Site:
         self.head, self.env = False, ["MASTER_ADDR=10.0.0.1", "VLLM_HOST_IP=10.0.0.1"]
         self.serving = self.seen = None
         self.came = threading.Event()
+        self.hosts, self.asked = [], ()
         self.steps, self.workers = {}, {"old": "", "new": f"Welcome!\nstarted {ID}\nGood bye"}
+
+    def asks(self, *_, workers):
+        """Note the workers that are asked, and tell what the test has set for all hosts."""
+        self.asked = workers
+        return self.hosts
 
     def step(self, name, *_, **__):
         """Note the step, then do what the test has set for it."""
@@ -137,6 +144,7 @@ def site(operator, tmp_path):
         (guards, "running_node", lambda _: None),
         (served, "server_runs", lambda _: made.serving is not None or "server" in made.did),
         (up, "run", runs),
+        (up, "ask_hosts", made.asks),
         (remote, "run", runs),
         (check, "inspect", lambda *_: found),
         (options, "gated", lambda settings, *_: (settings, (), ())),
@@ -165,6 +173,24 @@ def test_up_starts_everything_in_order(site):
     """`up` starts the head, then all workers, then the server, then the recorder."""
     site.up()
     assert site.did == ALL and site.undone == []
+
+
+def test_a_host_without_the_image_starts_nothing(site):
+    """`up` then names all that its hosts lack, in order. It asks only the workers that this model needs."""
+    lacks = {"image": None, "weights": None, "token": None, "expected": 75e9}
+    site.hosts = [Told("this host", lacks), Told("old", error="old: no route")]
+    with pytest.raises(Exit) as refused:
+        site.up()
+    steps = [line.partition("inv ")[2].split()[0] for line in refused.value.message.splitlines()[1:]]
+    assert steps == ["doctor", "build-image", "weights", "token", "launch"] and site.did == []
+    assert "# some 10 minutes at 1 Gbit/s, then" in refused.value.message
+    site.hosts = [Told("this host", lacks | {"image": "sha256:1"}), Told("old", lacks)]
+    with pytest.raises(Exit, match=r"2\. .*inv ship-image --model nemotron  # minutes; seconds for"):
+        site.up()
+    site.settings = load_settings(site.settings.model, {}, SHELL | {"TP_SIZE": "1"})
+    site.hosts = []
+    site.up()
+    assert [*site.asked] == []
 
 
 def test_nodes_and_server_that_are_up_are_left_alone(site):
