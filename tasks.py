@@ -212,10 +212,8 @@ def plan(c: Context, model: str, max_len: Value = None) -> None:
 # --- Once ------------------------------------------------------------------------------------------------------------
 
 
-@verb(name="build-image", help={
-    "base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)",
-    "ship": "then bring it to every worker, as ship-image does",
-})  # fmt: skip
+@verb(name="build-image", help={"base-image": "the image that Ray is put on (BASE_IMAGE)", "tag": "its name (TAG)",
+                                "ship": "then bring it to every worker, as ship-image does"})  # fmt: skip
 def build_image(c: Context, base_image: Value = None, tag: Value = None, ship: bool = False) -> None:
     """Build the image that every node runs."""
     from cluster import ship as others
@@ -228,9 +226,7 @@ def build_image(c: Context, base_image: Value = None, tag: Value = None, ship: b
             others.ship_image(settings)
 
 
-@verb(name="ship-image", help={
-    "model": START, "to": "ssh destinations, comma separated; without it every worker",
-})  # fmt: skip
+@verb(name="ship-image", help={"model": START, "to": "ssh destinations, comma separated; without it every worker"})
 def ship_image(c: Context, model: Value = None, to: Value = None) -> None:
     """Bring this node's image to every worker."""
     from cluster import ship
@@ -253,12 +249,12 @@ def weights(
     from cluster import weights as checkpoint
 
     settings = _model_settings(model, None, "weights", revision, deep=deep)
+    received = checkpoint.container_command(settings, "receive", settings["REVISION"])
+    if _dry(c, *([received] if receive else [] if here else checkpoint.weights_commands(settings))):
+        return
     if receive:
-        become(checkpoint.container_command(settings, "receive", settings["REVISION"]))
-    if here:
-        checkpoint.tell_here(settings, deep)
-    elif not _dry(c, *checkpoint.weights_commands(settings)):
-        checkpoint.provide_weights(settings, deep)
+        become(received)
+    checkpoint.tell_here(settings, deep) if here else checkpoint.provide_weights(settings, deep)
 
 
 @verb()
