@@ -249,10 +249,11 @@ def weights(
     from cluster import weights as checkpoint
 
     settings = _model_settings(model, None, "weights", revision, deep=deep)
-    received = checkpoint.container_command(settings, "receive", settings["REVISION"])
-    if _dry(c, *([received] if receive else [] if here else checkpoint.weights_commands(settings))):
+    folder, received = checkpoint.receive_commands(settings)
+    if _dry(c, *([folder, received] if receive else [] if here else checkpoint.weights_commands(settings))):
         return
     if receive:
+        run(folder)
         become(received)
     checkpoint.tell_here(settings, deep) if here else checkpoint.provide_weights(settings, deep)
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from invoke import Exit
 
-from cluster.command import Command, pipe, render, say, tell
+from cluster.command import Command, pipe, render, run, say, tell
 from cluster.inside.weights import folder_of, listing, look
 from cluster.node import HF_CACHE, INSIDE, mounts
 from cluster.remote import at_once, over_ssh, run_there, workers_needed
@@ -51,6 +51,11 @@ def container_command(settings: ModelSettings, act: str, revision: str) -> Comma
     return Command(lines, HERE, env=env, secrets=secrets, alias=f"the container that is to {act} the weights")
 
 
+def folder_command(settings: ModelSettings) -> Command:
+    """Make the cache's folder. Docker would make it too, and root would own it."""
+    return Command(render("cache_folders.j2", folders=[mounts(settings)[HF_CACHE]]), HERE)
+
+
 def worker_command(settings: ModelSettings, host: str, revision: str, *flags: str, fast: bool = False) -> Command:
     """Return the command that runs `inv weights` on a worker for one revision."""
     handed_on = settings.handed_on() | {"MODEL_CKPT": settings["MODEL_CKPT"]}  # the .env there may name another
@@ -62,7 +67,12 @@ def weights_commands(settings: ModelSettings) -> list[Command]:
     """Return the commands of `inv weights` where no worker has the checkpoint."""
     revision = settings["REVISION"] or "main"
     ships = [worker_command(settings, host, revision, "--receive", fast=True) for host in workers_needed(settings)]
-    return [container_command(settings, "fetch", settings["REVISION"]), *ships]
+    return [folder_command(settings), container_command(settings, "fetch", settings["REVISION"]), *ships]
+
+
+def receive_commands(settings: ModelSettings) -> list[Command]:
+    """Return the commands of a worker to which the head ships."""
+    return [folder_command(settings), container_command(settings, "receive", settings["REVISION"])]
 
 
 # --- This node -------------------------------------------------------------------------------------------------------
@@ -108,6 +118,7 @@ def provide_weights(settings: ModelSettings, deep: bool) -> None:
     # Names of damaged files look finished, so nobody would fetch these files again.
     if lines := [damage(node, one) for node, one in told.items() if one["bad"]]:
         raise Exit("\n".join([*lines, f"Then: {settings.line()}"]))
+    run(folder_command(settings))
     with transferring() as bars:
         revision = fetch(settings, told, bars)
         files = listing(hub_folder(settings), settings["MODEL_CKPT"], revision)
