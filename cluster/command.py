@@ -315,7 +315,8 @@ def pipe(command: Command, *, into: bool = False) -> Iterator[BinaryIO]:
     end = child.stdin if into else child.stdout
     assert isinstance(end, TextIOWrapper)
     try:
-        with suppress(BrokenPipeError), end:  # a command that has failed says why
+        # A command that has failed says why. The block may also write into another command, whose pipe then breaks.
+        with suppress(BrokenPipeError) if into else nullcontext(), end:
             yield end.buffer
             if child.stdin:
                 child.stdin.close()

@@ -45,7 +45,8 @@ def ssh_command(
     """
     options = _fast_link(settings, host) if fast else []
     lines = render("ssh.j2", host=host, reads=reads, options=options, remote=shlex.join(words))
-    return Command(lines, f"head, for {host}")
+    over = f" over {options[0].partition('=')[2]} (SHIP_VIA)" if options else ""
+    return Command(lines, f"head, for {host}", alias=f"{host}: `{shlex.join(words)}`{over}")
 
 
 def _fast_link(settings: Settings, host: str) -> list[str]:
@@ -71,8 +72,8 @@ def over_ssh(settings: Settings, host: str, template: str, values: dict[str, Any
     if "=" in inv:
         raise Exit(f"{folder} has an equals sign, so `env` would take it for a variable. Move it, or set REPO_DIR.")
     words = words_of(render(template, inv=inv, **values))
-    task = shlex.join(["inv", *words[words.index(inv) + 1 :]])
-    return replace(ssh_command(settings, host, words, **how), alias=f"{host}: `{task}`")
+    command, task = ssh_command(settings, host, words, **how), shlex.join(["inv", *words[words.index(inv) + 1 :]])
+    return replace(command, alias=command.alias.replace(shlex.join(words), task))
 
 
 def run_there(host: str, command: Command, seconds: float) -> str:

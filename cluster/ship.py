@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from os.path import commonprefix
-from typing import BinaryIO
+from shutil import copyfileobj
+from typing import IO, BinaryIO
 
 from invoke import Exit
 
@@ -22,8 +24,7 @@ from cluster.settings import Settings
 from cluster.transfer import Bars, transferring
 
 CHUNK = 2**20
-LAYERS = "{{.Id}} {{.Size}} {{json .RootFS.Layers}}"
-Layer = tuple[str, int]  # its path in what `docker save` writes, and its bytes there
+LAYERS = "{{.Id}} {{.Size}} {{json .RootFS}}"
 
 
 def shipped_image(settings: Settings) -> str:
@@ -44,30 +45,47 @@ def load_command(settings: Settings, host: str) -> Command:
 def ship_image(settings: Settings) -> None:
     """Bring the image to all workers at once. A host that fails keeps no other from the image."""
     name, hosts = shipped_image(settings), settings.workers()
+    if not hosts:
+        return say("No worker gets the image: WORKER_HOSTS names none.")
     inspect = render("image_inspect.j2", image=name, format=LAYERS)
     try:
         image_id, size, told = run(Command(inspect), capture=True).split(" ", 2)
     except Exit as error:
         raise Exit(f"{error.message}\nTo get the image: {image_line(settings, has=False)}") from None
-    layers = json.loads(told)
+    layers = json.loads(told)["Layers"]
     common: dict[str, int] = {}  # how many of the first layers a host has
 
     def look(host: str) -> None:
         has = images_there(settings, host)
-        if image_id in has:
+        if has.get(image_id) == layers:
             ask_there(settings, host, render("docker_tag.j2", image=image_id, tag=name))
             return say(f"{host} has {name} already ({image_id[:19]}).")
         common[host] = max((len(commonprefix([layers, theirs])) for theirs in has.values()), default=0)
 
+    def taken(host: str) -> str:
+        there_id = ask_there(settings, host, render("image_inspect.j2", image=name, format="{{.Id}}"))
+        return there_id if images_there(settings, host).get(there_id) == layers else ""
+
     def ship(host: str) -> None:
-        if not (common[host] and send_lacking(settings, host, name, stream[common[host] :], stream, bars)):
-            reason = "did not take the lacking layers alone" if common[host] else "has no layer of the image"
+        there_id, has, lacks = "", stream[: common[host]], stream[common[host] :]
+        if has:
+            try:
+                send(settings, host, name, bars, sum(size for _, size in lacks), {*dict(has)} - {*dict(lacks)})
+                there_id = taken(host)
+            except Exit as error:
+                if error.code == SSH_FAILED:
+                    raise
+                say(str(error.message))
+        if not there_id:
+            reason = "did not take the lacking layers alone" if has else "has no layer of the image"
             say(f"{host} {reason}: the whole image is sent.")
-            send_whole(settings, host, name, int(size), bars)
-        there_id, _, theirs = ask_there(settings, host, inspect).split(" ", 2)
-        if json.loads(theirs) != layers:
-            raise Exit(f"{name} has other layers there than here. Type: ssh {host} docker image rm {name}; then again")
+            send(settings, host, name, bars, int(size))
+            there_id = taken(host)
+        if not there_id:
+            raise Exit(f"{name} lacks layers there. Type: ssh {host} docker image rm {name}; then again")
         say(f"{host} has {name} now ({there_id[:19]}, the same {len(layers)} layers).")
+        if there_id != image_id:
+            say(f"{host}: the id differs from {image_id[:19]} here, because Docker stores images in another way there.")
 
     failed = at_once(hosts, look)
     stream = layers_in_stream(name) if any(common.values()) else []
@@ -78,13 +96,16 @@ def ship_image(settings: Settings) -> None:
 
 
 def images_there(settings: Settings, host: str) -> dict[str, list[str]]:
-    """Return the layers of every image of a host by its id."""
+    """Return the layers of every image of a host by its id.
+
+    Containerd's store takes an image that lacks a part. Docker 26 then lists no id of it, and Docker 28 no layers.
+    """
     ids = [*dict.fromkeys(ask_there(settings, host, render("image_ids.j2")).split())]
     if not ids:
         return {}
     (words,) = render("image_inspect.j2", image=ids[0], format=LAYERS)
     lines = ask_there(settings, host, [(*words, *ids[1:])]).splitlines()
-    return {one[0]: json.loads(one[2]) or [] for one in (line.split(" ", 2) for line in lines)}
+    return {one[0]: json.loads(one[2]).get("Layers") or [] for one in (line.split(" ", 2) for line in lines)}
 
 
 def ask_there(settings: Settings, host: str, lines: Sequence[Sequence[str]]) -> str:
@@ -107,50 +128,39 @@ class Counted:
         return self.sink.write(data)
 
 
-def send_whole(settings: Settings, host: str, name: str, size: int, bars: Bars) -> None:
-    with pipe(load_command(settings, host), into=True) as sink, pipe(save_command(name)) as source:
-        counted = Counted(sink, bars, host, size)
-        while data := source.read(CHUNK):
-            counted.write(data)
+def send(settings: Settings, host: str, name: str, bars: Bars, total: int, left_out: Set[str] = frozenset()) -> None:
+    """Send the image without these layers. total: the bytes that the others take."""
+    save = pipe(save_command(name))
+    # A `docker save` that has failed says why.
+    with pipe(load_command(settings, host), into=True) as sink, save as source, suppress(tarfile.ReadError):
+        counted = Counted(sink, bars, host, total)
+        if not left_out:
+            return copyfileobj(source, counted, CHUNK)
+        with tarfile.open(fileobj=counted, mode="w|", bufsize=CHUNK) as part:  # type: ignore[call-overload]  # `write` is enough
+            for member, data in members(source):
+                if member.name not in left_out:
+                    part.addfile(member, data)
 
 
-def send_lacking(
-    settings: Settings, host: str, name: str, lacking: Sequence[Layer], layers: Sequence[Layer], bars: Bars
-) -> bool:
-    """Send the image with these of its layers alone. Return whether Docker has taken it."""
-    left_out = {path for path, _ in layers} - {path for path, _ in lacking}
-    total = sum(size for _, size in lacking)
-    try:
-        with pipe(load_command(settings, host), into=True) as sink, pipe(save_command(name)) as source:
-            counted = Counted(sink, bars, host, total)
-            with (
-                tarfile.open(fileobj=source, mode="r|", bufsize=CHUNK) as whole,
-                tarfile.open(fileobj=counted, mode="w|", bufsize=CHUNK) as part,  # type: ignore[call-overload]  # `write` is enough
-            ):
-                for member in whole:
-                    if member.name not in left_out:
-                        part.addfile(member, whole.extractfile(member) if member.isreg() else None)
-    except Exit as error:
-        if error.code == SSH_FAILED:
-            raise
-        say(f"{host}: {error.message}")
-        return False
-    return True
-
-
-def layers_in_stream(name: str) -> list[Layer]:
-    """Return each layer in what `docker save` writes, in the order of RootFS.Layers.
+def layers_in_stream(name: str) -> list[tuple[str, int]]:
+    """Return path and bytes of each layer in what `docker save` writes, in the order of RootFS.Layers.
 
     Both formats end with manifest.json: `<id>/layer.tar` up to Docker 24, `blobs/sha256/<digest>` from 25 on. In the
     store of containerd a digest is that of the compressed layer, so only the order pairs it with RootFS.Layers.
     """
     sizes, paths = {}, []
-    with pipe(save_command(name)) as source, tarfile.open(fileobj=source, mode="r|", bufsize=CHUNK) as whole:
-        for member in whole:
+    with pipe(save_command(name)) as source, suppress(tarfile.ReadError):
+        for member, data in members(source):
             sizes[member.name] = member.size
-            if member.name == "manifest.json" and (file := whole.extractfile(member)):
-                paths = json.load(file)[0]["Layers"]
+            if member.name == "manifest.json" and data:
+                paths = json.load(data)[0]["Layers"]
     return [(path, sizes.get(path, 0)) for path in paths]
+
+
+def members(source: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
+    with tarfile.open(fileobj=source, mode="r|", bufsize=CHUNK) as whole:
+        for member in whole:
+            yield member, whole.extractfile(member) if member.isreg() else None
 
 
 def save_command(name: str) -> Command:
