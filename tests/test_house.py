@@ -197,14 +197,14 @@ def test_no_file_is_longer_than_500_lines():
 
 
 def test_the_flow_of_the_article_is_one_sitting():
-    """tasks.py and ten modules have at most 2,050 lines."""
+    """tasks.py and ten modules have at most 2,075 lines."""
     flow = _lines([ROOT / "tasks.py", *(ROOT / f"cluster/{name}.py" for name in FLOW)])
-    assert sum(flow.values()) <= 2100, flow
+    assert sum(flow.values()) <= 2075, flow
 
 
 def test_all_python_is_an_afternoon():
     """The rehearsal counts, the tests do not. A change that adds lines says in its message what they buy."""
-    assert sum(_lines(PYTHON).values()) <= 9470
+    assert sum(_lines(PYTHON).values()) <= 9465
 
 
 # --- Findings of other programs, which are too slow for the fast tests -----------------------------------------------

@@ -22,13 +22,8 @@ import probe
 import repository
 import weights
 
-ENGINE = (
-    "ServerVersion",
-    "CgroupDriver",
-    "Runtimes",
-    "DiscoveredDevices",
-    "DockerRootDir",
-)  # the rest may have secrets
+# The rest of what Docker tells may have secrets.
+ENGINE = ("ServerVersion", "CgroupDriver", "Runtimes", "DiscoveredDevices", "DockerRootDir")
 SYSCTL = ("/etc/sysctl.conf", "/etc/sysctl.d/*.conf", "/run/sysctl.d/*.conf", "/usr/lib/sysctl.d/*.conf")
 
 
