@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +82,10 @@ def test_bare_hosts_come_to_their_first_token(bare):
         words = shlex.split(line.removesuffix("--max-len 256K"))[1:]
         allow = ["--allow", ALLOW] if words[0] == "up" else []
         hub.forget()
+        begun = time.monotonic()
         done = head.run(*INV, *words, *allow, env=shell, timeout=400)
+        moved = re.findall(r"^.*: [0-9.]+ of [0-9.]+ GB.*$", done.stderr, re.M)
+        print(f"inv {words[0]}: {time.monotonic() - begun:.1f} s", *moved, sep="; ")
         if words[0] == "doctor":
             assert done.returncode in (0, 1, 2, 3) and "answers" in done.stderr, done.stderr
             continue
