@@ -38,18 +38,20 @@ SPIN = """
         return input_
 """
 RANK = "^ray::RayWorkerProc"
+# Ray gives a node up after five answers in a row that do not come in time: half a minute, and not a whole one.
+SOON = {"VLLM_FORWARD_VARS": "RAY_health_check_timeout_ms", "RAY_health_check_timeout_ms": "3000"}
 
 
 @pytest.fixture(scope="module")
 def pair(rig: Rig) -> Iterator[list[Host]]:
     """Two hosts on which the tiny model begins to load. The rank of the head spins where a rank of NCCL would."""
     for host, task in zip(rig.hosts, ("head", "worker"), strict=True):
-        assert inv(host, task, "--detach", "--model", "rehearsal").returncode == 0
+        assert inv(host, task, "--detach", "--model", "rehearsal", **SOON).returncode == 0
     patch = 'cat >>"$(python3 -c "import standin_communicator as it; print(it.__file__)")"'
     patched = rig.hosts[0].run("docker", "exec", "-i", "node-ray", "bash", "-c", patch, input=SPIN, stdin=None)
     assert patched.returncode == 0, patched.stderr
     assert wait(lambda: "Ray: 2 nodes" in inv(rig.hosts[0], "health").stderr, 60)
-    done = inv(rig.hosts[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, VLLM_API_KEY=KEY)
+    done = inv(rig.hosts[0], "launch", "--model", "rehearsal", "--detach", "--allow", ALLOW, VLLM_API_KEY=KEY, **SOON)
     assert done.returncode == 0, done.stderr
     yield rig.hosts
     for host in rig.hosts:

@@ -88,7 +88,7 @@ def kill(pair, host: Host, name: str, *codes: int, within: float = 15) -> str:
             states.append(health(pair))
             took = time.monotonic() - begun
             assert states[-1][0] in codes and took < limit, (took, states)
-        while time.monotonic() - begun < took + (4 if codes[-1] else 15):  # a look of the recorder is fresh for 10 s
+        while time.monotonic() - begun < took + (4 if codes[-1] else 11):  # a look of the recorder is fresh for 10 s
             states.append(health(pair))
             assert states[-1][0] == codes[-1], states
         took = again.result() if again else took
