@@ -68,6 +68,19 @@ def test_a_cache_without_the_model_or_its_revision_has_none(made, tmp_path):
     assert told["revision"] is None and not told["missing"] and told["free"] > 0
 
 
+def test_a_load_that_ended_before_the_first_shard_has_damaged_nothing(made, tmp_path):
+    """vLLM fetches config.json first. One shard without the others is damage."""
+    folder = cache(tmp_path, made)
+    for path in [*(folder / "snapshots" / COMMIT).iterdir()]:
+        if path.name != "config.json":
+            path.unlink()
+    told = weights.look(tmp_path, MODEL)
+    assert told["revision"] is None and not told["missing"]
+    shard = "model-00002-of-00003.safetensors"
+    (folder / "snapshots" / COMMIT / shard).write_bytes((made / shard).read_bytes())
+    assert len(weights.look(tmp_path, MODEL)["missing"]) == 2
+
+
 def damage(folder: Path, how: str) -> None:
     shard = folder / "snapshots" / COMMIT / "model-00002-of-00003.safetensors"
     blob = shard.resolve()

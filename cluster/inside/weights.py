@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 COPIES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
 # Files that a ship has begun. The hub's client leaves them alone.
 PART = ".ship.incomplete"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 CHUNK = 2**22
 # The hub's client waits for ever for the list of files if a proxy takes the connection and says nothing.
 ANSWER_S = 30
@@ -82,8 +83,8 @@ def look(hub, model, revision=""):
     for name in {*files} if not weights else ():  # vLLM fetches the index after the shards
         if shard := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name):
             weights |= {f"{shard[1]}-{number:05}-of-{shard[2]}.safetensors" for number in range(1, int(shard[2]) + 1)}
-    if not any(name.endswith((".safetensors", ".bin", ".pt", ".gguf")) for name in files):
-        weights |= {"model.safetensors"}
+    if not (weights or missing or sizes or any(name.endswith(WEIGHTS) for name in files)):
+        return told | {"revision": None, "files": {}}  # vLLM fetches config.json first: nothing is damaged yet
     told["missing"] = sorted((missing | weights | (sizes.keys() or {"config.json"})) - files.keys())
     for name, size in files.items():
         tensors = safetensors_size(snapshot / name) if name.endswith(".safetensors") else None
