@@ -204,7 +204,7 @@ def test_the_flow_of_the_article_is_one_sitting():
 
 def test_all_python_is_an_afternoon():
     """The rehearsal counts, the tests do not. A change that adds lines says in its message what they buy."""
-    assert sum(_lines(PYTHON).values()) <= 9465
+    assert sum(_lines(PYTHON).values()) <= 9470
 
 
 # --- Findings of other programs, which are too slow for the fast tests -----------------------------------------------
